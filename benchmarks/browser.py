@@ -3,6 +3,7 @@
     make bench-browser       installs the peers and runs this with random weights in the 270M shape
     python benchmarks/browser.py [--name gemma --checkpoint DIR] [--file onnx-int8=DIR] [--file q4_k_m.gguf=FILE] [--rounds 5]
     python benchmarks/browser.py --parts memory
+    python benchmarks/browser.py --name gemma --checkpoint DIR --only "slm INT8,transformers.js INT8"   # makes what is missing
 
 All contenders have the same checkpoint in their own format, the same prompt, the same number of tokens and of threads. Each
 is a tab in one browser; all stay loaded and take turns, so that other work of the machine slows all of them. For memory, each
@@ -18,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -88,10 +89,10 @@ def main() -> None:
     if not entries:
         raise SystemExit("no contender has its file")
     found: dict[str, Any] = about(args) | {"model": args.name, "chromium": "", "missing": missing}
-    found["files"] = {name: size((home / file).resolve()) for name, (_, file) in entries.items()}
     with ExitStack() as stack:
         browsers = stack.enter_context(chromium())
         world = World(home, args, stack.enter_context(files_server(home, args.wllama)))
+        found["files"] = {name: world.size(kind, file) for name, (kind, file) in entries.items()}
         if "speed" in parts:
             found |= speed(entries, world, browsers, args, found["missing"])
         if "memory" in parts:
@@ -104,6 +105,17 @@ class World:
 
     def __init__(self, home: Path, args: argparse.Namespace, files: str) -> None:
         self.home, self.args, self.files = home, args, files
+        self.site = cache(self._site)
+
+    def _site(self, file: str, engine: bool) -> Site:
+        return slm_site(self.home / file, engine=engine)
+
+    def size(self, kind: str, file: str) -> int:
+        """Returns the bytes of the model's files that a contender reads; those that slm's page downloads."""
+        if kind not in ("engine", "onnxruntime"):
+            return size((self.home / file).resolve())
+        site = self.site(file, kind == "engine")
+        return sum(site.entries[name].bytes for name in site.fields["model"]["files"])
 
     @contextmanager
     def page(self, kind: str, file: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -112,7 +124,7 @@ class World:
         if kind in ("wllama", "transformers"):
             yield f"{self.files}/", f"{self.files}/pages/{kind}.js", told
             return
-        with served(slm_site(self.home / file, engine=kind == "engine")) as url:
+        with served(self.site(file, kind == "engine")) as url:
             yield f"{url}?bench", f"{url}browser.js", told
 
 
@@ -285,11 +297,7 @@ def speed(
     for name, each in rows.items():
         load = f"{each['load_ms'] / 1e3:.1f}" if "load_ms" in each else ""
         figures = (shown(each[figure], 1) for figure in ("decode_tok_s", "prefill_tok_s", "ttft_ms"))
-        print(
-            "| "
-            + " | ".join((name, *figures, load, f"{size((world.home / entries[name][1]).resolve()) / 1e6:.0f}"))
-            + " |"
-        )
+        print("| " + " | ".join((name, *figures, load, f"{world.size(*entries[name]) / 1e6:.0f}")) + " |")
     found: dict[str, Any] = {"speed": rows, "chromium": version}
     if OURS in rows and len(rows) > 1:
         ours = rows[OURS]["decode_tok_s"]["median"]

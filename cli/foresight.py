@@ -34,15 +34,20 @@ def foresee(
     """
     import torch
 
+    from slm.train.batching import fitted_by_estimate, place_of
     from slm.train.build import check_machine, pick_device
-    from slm.train.estimate import GPUS
+    from slm.train.estimate import GPUS, place_on
     from slm.train.logs.logs import check_packages
     from slm.train.parallel import by_first
     from slm.train.prepare import check_free
 
     if gpu is not None and gpu.lower() not in GPUS:
         raise SlmError(f"unknown GPU {gpu}", f"--on {', '.join(GPUS)}")
-    check_machine(recipe, pick_device(recipe.machine.device) if gpu is None else torch.device("cuda"), processes)
+    device = pick_device(recipe.machine.device) if gpu is None else torch.device("cuda")
+    if recipe.batch.automatic:
+        place = place_of(recipe, device) if gpu is None else place_on(recipe, GPUS[gpu.lower()])
+        recipe = fitted_by_estimate(recipe, place, processes.size)
+    check_machine(recipe, device, processes)
     check_packages(recipe.log)
 
     def first() -> None:

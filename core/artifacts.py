@@ -24,7 +24,7 @@ METRICS_FILE = "metrics.jsonl"
 _RECIPE_FILE = "config.yaml"
 _TRAINED = ("best", "last")
 # Directories of a run without artifacts.
-_NO_ARTIFACTS = frozenset(("data", "tensorboard", "trainer", "finetune"))
+_NO_ARTIFACTS = frozenset(("data", "tensorboard", "trainer", "rewind", "finetune"))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import stat
+import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -22,6 +23,8 @@ from slm.core.processes import process_exists
 _PARTIAL = ".partial-"
 _REPLACED = ".replaced-"
 _SCRATCH = ".scratch-"
+# The umask can be read only by setting it, which another thread must not do meanwhile.
+_UMASK = threading.Lock()
 # How long a reader waits during a replacement: the two renames of `replace_directory` are milliseconds apart.
 _RENAMING_S = 2.0
 # How long to wait for another process that writes the same file.
@@ -151,8 +154,9 @@ def _complain_of_full_disk(error: Exception, target: Path) -> None:
 
 def _give_usual_modes(directory: Path) -> None:
     """Sets file permissions by the user's umask: safetensors makes its files readable by the owner only."""
-    umask = os.umask(0)
-    os.umask(umask)
+    with _UMASK:
+        umask = os.umask(0)
+        os.umask(umask)
     for file in directory.rglob("*"):
         if file.is_file():
             file.chmod(0o666 & ~umask)

@@ -79,11 +79,21 @@ class Memory:
         total: Installed memory.
         available: Memory that can be used without swapping.
         container_limit: The container's limit; None also if there is no limit.
+        container_used: What the container's processes use of it, without cached files.
     """
 
     total: int | None
     available: int | None
     container_limit: int | None
+    container_used: int | None = None
+
+    @property
+    def free(self) -> int | None:
+        """The most memory that can still be allocated without swapping, in the container if there is one."""
+        left = None
+        if self.container_limit is not None:
+            left = max(0, self.container_limit - (self.container_used or 0))
+        return min((size for size in (self.total, self.available, left) if size is not None), default=None)
 
     @property
     def usable(self) -> int | None:
@@ -193,7 +203,23 @@ def memory(meminfo: Path = _MEMINFO, v2: Path = _MEMORY_V2, v1: Path = _MEMORY_V
         total, available = (_kib(lines.get(name)) for name in ("MemTotal", "MemAvailable"))
     except OSError:
         total, available = main_memory()
-    return Memory(total, available, memory_limit(v2, v1))
+    return Memory(total, available, memory_limit(v2, v1), _container_used(v2, v1))
+
+
+def _container_used(v2: Path, v1: Path) -> int | None:
+    """Returns the memory of a container's processes in bytes. The kernel drops inactive cached files when memory is short."""
+    for limit, usage, cached in (
+        (v2, "memory.current", "inactive_file"),
+        (v1, "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            used = int((limit.parent / usage).read_text(encoding="ascii"))
+            stat = (limit.parent / "memory.stat").read_text(encoding="ascii")
+        except (OSError, ValueError):
+            continue
+        inactive = next((line.split()[1] for line in stat.splitlines() if line.startswith(f"{cached} ")), "0")
+        return max(0, used - int(inactive))
+    return None
 
 
 def memory_limit(v2: Path = _MEMORY_V2, v1: Path = _MEMORY_V1) -> int | None:

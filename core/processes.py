@@ -91,6 +91,23 @@ def main_memory() -> tuple[int | None, int | None]:
     return (None, None) if found is None else (found.total, found.available)
 
 
+def clock_mhz() -> tuple[float, float] | None:
+    """Returns the present and the highest clock of the processors in MHz; None if the system does not report them."""
+    found = _asked(lambda psutil: psutil.cpu_freq())
+    return None if found is None or not found.max else (found.current, found.max)
+
+
+def swapped_bytes() -> int | None:
+    """Returns the bytes moved to swap or back since the start of the system; None if the system does not report them."""
+    found = _asked(lambda psutil: psutil.swap_memory())
+    return None if found is None else found.sin + found.sout
+
+
+def stolen_seconds() -> float | None:
+    """Returns the processor time that the host of a virtual machine gave to others; None if it is not reported."""
+    return _asked(lambda psutil: psutil.cpu_times().steal)
+
+
 def _of_process(figure: Callable[[Any], _T]) -> _T | None:
     return _asked(lambda psutil: figure(psutil.Process()))
 

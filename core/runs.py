@@ -13,12 +13,22 @@ _TRIMMED = Path("checkpoint", "trimmed")
 
 
 def cached_bundles() -> Path:
-    """Returns the directory of the bundles that `slm run` made: below $SLM_CACHE, $XDG_CACHE_HOME/slm or ~/.cache/slm."""
+    """Returns the directory of the bundles that `slm run` made, in the cache."""
+    return _cache() / "bundles"
+
+
+def cached_data() -> Path:
+    """Returns the directory of text and datasets that were fetched, in the cache."""
+    return _cache() / "data"
+
+
+def _cache() -> Path:
+    """Returns $SLM_CACHE, $XDG_CACHE_HOME/slm or ~/.cache/slm."""
     named = os.environ.get("SLM_CACHE")
     if named:
-        return Path(named) / "bundles"
+        return Path(named)
     shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "slm" / "bundles"
+    return (Path(shared) if shared else Path.home() / ".cache") / "slm"
 
 
 def free_run(name: str) -> Path:

@@ -25,12 +25,16 @@ from slm.train.metrics import Row
 from slm.train.optimizer import Optimizers
 from slm.train.precision import Precision, restore_scaler
 from slm.train.schedule import Schedule
+from slm.train.sections import SpikesRecipe
+from slm.train.spikes import SpikeGuard
 
 # Share of the updates in which the rate rises to its peak; it then falls to 0 along a cosine.
 WARMUP = 0.05
 _BETAS = (0.9, 0.999)
 # An adapter starts as no change at all, and decay would only pull it back there; a whole model starts as a good one.
 _WEIGHT_DECAY = 0.0
+# What a spike is, with `skip_spikes`; as in the recipes of `slm train`.
+_SPIKES = SpikesRecipe(action="skip")
 
 
 @dataclass(frozen=True)
@@ -99,12 +103,17 @@ class Fit:
         schedule = Schedule(
             peak=settings.learning_rate, final=0.0, total=self.updates + 1, warmup=round(WARMUP * self.updates)
         )
+        self._guard = None
+        if settings.skip_spikes:
+            advice = "try a lower --learning-rate, and look for damaged rows"
+            self._guard = SpikeGuard("skip", _SPIKES.threshold, _SPIKES.window, _SPIKES.limit, advice)
         self._learner = Learner(
             _Objective(trainable.model, material),
             Optimizers([torch.optim.AdamW([group], betas=_BETAS, fused=True)]),
             self._inputs,
             UpdateSettings(schedule.rate, precision, max_grad_norm=settings.max_grad_norm),
             trained=trainable.parameters.values(),
+            guard=self._guard,
         )
         self._batches: tuple[int, list[Batch]] = (0, [])
 
@@ -138,6 +147,8 @@ class Fit:
     def state(self) -> State:
         """Returns the state for resuming. Its tensors share memory with the weights."""
         standing = self.standing.model_copy(update={"scaler": self._learner.scaler.state_dict()})
+        if self._guard is not None:
+            standing = standing.model_copy(update={"spikes": self._guard.state()})
         weights = {name: parameter.detach() for name, parameter in self._trainable.named_parameters()}
         return State(standing, weights, self._learner.optimizers.state_tensors(self._trainable), self.kept)
 
@@ -160,6 +171,8 @@ class Fit:
             parameter.copy_(state.weights[name])
         self._learner.optimizers.load_state_tensors(self._trainable, state.optimizer, hint=START_OVER)
         restore_scaler(self._learner.scaler, state.standing.scaler, hint=START_OVER)
+        if self._guard is not None:
+            self._guard.restore(state.standing.spikes)
 
     def _check_position(self, state: State) -> None:
         where = state.standing
@@ -202,19 +215,24 @@ class Fit:
         return self._batches[1]
 
     def update(self, check: Check) -> tuple[Row, float]:
-        """Makes one update; returns its loss and learning rate, and tokens per second.
+        """Makes one update; returns its loss and learning rate, and tokens per second. Of a spike, returns the row about it.
 
         Args:
             check: Called before the weights change; may raise to abandon the update.
 
         Raises:
             FloatingPointError: When the loss or the gradient is not finite; the weights are unchanged.
+            SlmError: When too many updates were spikes.
         """
         began, number = time.perf_counter(), self.standing.updates
         update = self._learner.update(number, check)
         batch = self._batch(number)
         self.standing.updates, self.standing.tokens = number + 1, self.standing.tokens + batch.trained
-        row = {"loss": update.loss, "learning_rate": update.learning_rate}
+        row: Row = {"loss": update.loss, "learning_rate": update.learning_rate}
+        if update.spike is not None:
+            assert self._guard is not None
+            self._guard.count(number, update.spike)
+            row = {"action": "skip", "at_update": number + 1, **update.spike.fields(), "reason": update.spike.reason}
         return row, batch.input_ids.numel() / (time.perf_counter() - began)
 
     def evaluate(self, check: Check) -> float:

@@ -13,7 +13,9 @@ from slm.finetune.state import save_state
 from slm.train.evaluate import Check
 from slm.train.logs.logs import Logs
 from slm.train.loop import Plan, Task, duration
+from slm.train.sections import WatchdogRecipe
 from slm.train.state import TRAINER
+from slm.train.watchdog import Watchdog
 
 # After this long without a line about an epoch, a line reports the updates since.
 _LINE_EVERY_S = 60.0
@@ -52,6 +54,7 @@ class FineTuning(Task):
         self._fit, self._out, self._progress = fit, out, progress
         self._midway, self._logs = midway, logs or Logs()
         self._sent = len(fit.standing.history)
+        self.watchdog = Watchdog(WatchdogRecipe(), lambda _, told, __: progress.note(f"warning: {told}"))
         self.began = time.perf_counter() - fit.standing.elapsed_s
         self._reported = time.perf_counter(), 0  # time of the last line, and the rows of history that it covers
 
@@ -76,11 +79,19 @@ class FineTuning(Task):
 
     @override
     def update(self, check: Check) -> None:
+        began = time.perf_counter()
         row, speed = self._fit.update(check)
+        seconds = time.perf_counter() - began
+        self.watchdog.updated(speed * seconds, seconds, 0.0)
         standing, per_epoch = self._fit.standing, self._fit.updates_per_epoch
         epoch = (standing.updates - 1) // per_epoch + 1
-        standing.history.append(("train", {"epoch": epoch, **self._fit.position(), **row}))
+        is_spike = "action" in row
+        standing.history.append(("spike" if is_spike else "train", {"epoch": epoch, **self._fit.position(), **row}))
         self._send()
+        if is_spike:
+            self._progress.advance()
+            self._progress.note(f"spike at update {row['at_update']:,}: {row['reason']}; the update was skipped")
+            return
         self._progress.advance(epoch=f"{epoch}/{self._fit.epochs}", loss=f"{row['loss']:.3f}", tok_s=f"{speed:,.0f}")
         if standing.updates % per_epoch and time.perf_counter() - self._reported[0] > _LINE_EVERY_S:
             self._report_updates(epoch, speed)
@@ -113,6 +124,10 @@ class FineTuning(Task):
         self._fit.standing.elapsed_s = self.elapsed_s
         self._fit.standing.logs = self._logs.run_ids
         save_state(self._out, self._fit.state())
+
+    @override
+    def finish_saving(self) -> None:
+        """Does nothing: a save is on the disk when it ends."""
 
     @override
     def last_saved(self) -> str:

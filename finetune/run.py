@@ -233,7 +233,7 @@ def _finetune(task: _Task, progress: Progress) -> FinetuneResult:
             with logs, freed_memory_kept():
                 logs.begin([{"type": kind, **row} for kind, row in fit.standing.history])
                 training = FineTuning(fit, out, progress, midway, logs)
-                Loop(plan_of(fit, settings), training, interruption, Alone(), progress).run()
+                Loop(plan_of(fit, settings), training, interruption, Alone(), progress, training.watchdog).run()
             standing, seconds = fit.standing, training.elapsed_s
             assert standing.loss_before is not None
             _warn(fit, progress)

@@ -48,6 +48,8 @@ class FinetuneSettings(BaseModel):
         pack: Pack as many examples into a row as fit into `max_length`; they do not attend to each other.
         max_length: Maximum tokens of a row, including special tokens.
         max_grad_norm: The gradient is scaled down to this norm (arXiv:1211.5063).
+        skip_spikes: Whether an update is left out whose loss or gradient norm is far above those before it
+            (`slm.train.spikes`).
         qat: Quantization-aware training for the grid of `slm quantize --int8` or `--int4`; "none" trains in floats.
         beta: For preferences, how strongly the model is kept near the base; see `slm.finetune.preference`.
         seed: Seed of the adapter's initial weights, dropout, the order of the rows, and the held-out rows.
@@ -72,6 +74,7 @@ class FinetuneSettings(BaseModel):
     pack: bool = False
     max_length: int | None = Field(default=None, ge=2)
     max_grad_norm: float = Field(default=1.0, gt=0)
+    skip_spikes: bool = False
     qat: Literal["none"] | QatPrecision = "none"
     beta: float = Field(default=0.1, gt=0, le=100)
     seed: int = Field(default=0, ge=0, lt=2**63)

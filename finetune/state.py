@@ -13,6 +13,7 @@ from slm.core import renames
 from slm.core.errors import SlmError
 from slm.core.files import read_json
 from slm.train.metrics import Kind, Row, check_row
+from slm.train.spikes import SpikeState
 from slm.train.state import MOST, OPTIMIZER_FILE, POSITION_FILE, TRAINER, Position, read_state, write_state
 
 _WEIGHTS_FILE, _KEPT_FILE = "weights.safetensors", "kept.safetensors"
@@ -30,6 +31,7 @@ class Standing(Position):
         loss_before: Loss before the first update, in nats per token; None before it was measured.
         loss: Loss of the best epoch; None before the first.
         best_epoch: The first epoch with the highest score, or the lowest loss without a metric; 0 before the first.
+        spikes: What is remembered about loss spikes.
         history: Rows for `slm.train.metrics.Metrics`, each with its kind.
     """
 
@@ -38,6 +40,7 @@ class Standing(Position):
     loss_before: float | None = None
     loss: float | None = None
     best_epoch: int = Field(default=0, ge=0)
+    spikes: SpikeState = SpikeState()
     history: list[tuple[Kind, Row]] = Field(default_factory=list)
 
     @property

@@ -16,9 +16,10 @@ from slm.core.progress import Progress
 from slm.core.tokenizer import Tokenizer
 from slm.finetune.examples import Renderer
 from slm.finetune.preparation import Prepared
-from slm.finetune.teacher import Teacher, check_teacher
+from slm.finetune.teacher import Teacher
 from slm.finetune.writing import Writer
 from slm.train.precision import Precision
+from slm.train.teacher import check_teacher
 
 
 @dataclass(frozen=True)

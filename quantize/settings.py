@@ -137,9 +137,9 @@ def check_source(source: Bundle, settings: Settings) -> None:
         raise SlmError(
             f"{source.path} is already {manifest.precision}", "quantize the float bundle that it was created from"
         )
-    if manifest.device == "webgpu" and settings.precision != "int8":
-        # onnxruntime's kernel for 4-bit tables (GatherBlockQuantized) fails on a GPU in the browser
-        raise SlmError(f"{source.path} is for WebGPU, which supports INT8 only", "use slm quantize --int8")
+    if manifest.device == "webgpu" and settings.head_bits == 4:
+        # The kernel of GatherBlockQuantized accepts no packed zero points (onnxruntime-web 1.30, and 1.31 as of 2026-09-14).
+        raise SlmError(f"{source.path} is for WebGPU, which does not support --head-bits 4", "omit --head-bits")
     if settings.precision == "int8" and settings.method not in (None, "nearest"):
         raise SlmError(
             f"INT8 supports the method nearest only, not {settings.method}",
@@ -198,6 +198,10 @@ def fitted_settings(source: Bundle, settings: Settings, progress: Progress) -> S
 
     Prints a note if `prefer` asks for something that the device does not support.
     """
+    if source.manifest.device == "webgpu" and settings.precision == "int4":
+        if settings.prefer == "size":
+            progress.note("WebGPU does not support a 4-bit table; --prefer size does not change its 8 bits")
+        settings = replace(settings, head_bits=8)
     if source.manifest.target == "portable":
         return replace(settings, cache="float32", head_bits=8 if settings.precision == "int4" else None)
     if source.manifest.device != "cpu":

@@ -1,5 +1,6 @@
 """Runs of `slm train` and `slm finetune`, read back from their files: recipe, curves, figures, and the bundles made of them."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ _FULL = "finetune"
 _CHECKPOINTS = ("best", "last")
 # Parts of a fine-tuning run's record that belong to its recipe, besides the settings.
 _INPUTS = {"base": ("path", "weights_sha256"), "data": ("path", "sha256"), "validation": ("path", "sha256")}
+_WARNINGS = ("spike", "slow", "hang")
 _NO_RUN = "name a run of slm train, or an adapter or a run of slm finetune"
 
 
@@ -60,6 +62,7 @@ class PastRun:
         recipe: Every value of the recipe by its dotted name.
         train: The rows of `metrics.jsonl` with the loss of an update.
         held_out: The rows with a measurement.
+        warnings: The rows about loss spikes, and about times in which the run was slow or hung.
         measured_on: What the held-out loss was measured on: kind of the loss, and hashes of the text.
         record: The `slm.json` of the checkpoint or the adapter; empty if none was saved yet.
         bundles: The bundles that were exported from the run.
@@ -75,6 +78,12 @@ class PastRun:
     measured_on: tuple[object, ...]
     record: Mapping[str, Any]
     bundles: Sequence[BundleQuality]
+    warnings: Sequence[Row] = ()
+
+    @property
+    def spikes(self) -> list[Row]:
+        """The rows about loss spikes."""
+        return [row for row in self.warnings if row["type"] == "spike"]
 
     @property
     def best(self) -> Row | None:
@@ -104,6 +113,8 @@ class PastRun:
             "tokens": tokens,
             "updates": last.get("updates"),
             "seconds": seconds,
+            "spikes": _spikes(self.spikes),
+            "slow_or_hung": len(self.warnings) - len(self.spikes) or None,
             "tokens_s": tokens / seconds if tokens and isinstance(seconds, int | float) and seconds > 0 else None,
             "parameters": self.record.get("parameters") or metrics.get("trainable_parameters"),
             "seed": self.recipe.get("seed", settings.get("seed")),
@@ -140,6 +151,7 @@ def past_run(name: str) -> PastRun:
         recipe={**{name: value for name, value in inputs.items() if value}, **flattened(settings)},
         train=[row for row in rows if row["type"] == "train"],
         held_out=[row for row in rows if row["type"] == "eval"],
+        warnings=[row for row in rows if row["type"] in _WARNINGS],
         measured_on=(
             "nats a pair" if pairs else "replies",
             "training rows" if own else "held-out rows",
@@ -187,6 +199,12 @@ def cautions(runs: Sequence[PastRun]) -> list[str]:
     return found
 
 
+def _spikes(rows: Sequence[Row]) -> str | None:
+    """Returns how many updates spiked, by what was done; None without any."""
+    counts = Counter({"skip": "skipped", "rewind": "rewound"}.get(row.get("action", ""), "found") for row in rows)
+    return ", ".join(f"{count} {done}" for done, count in counts.items()) or None
+
+
 def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns nested values by dotted names."""
     found: dict[str, Any] = {}
@@ -216,6 +234,7 @@ def _trained(path: Path) -> PastRun:
         recipe=flattened(recipe),
         train=[row for row in rows if row["type"] == "train"],
         held_out=[row for row in rows if row["type"] == "eval"],
+        warnings=[row for row in rows if row["type"] in _WARNINGS],
         measured_on=(
             "text",
             text,
@@ -241,7 +260,7 @@ def _complete(model: type[BaseModel], values: Mapping[str, Any]) -> Mapping[str,
 
 def _rows(directory: Path, state: str | None) -> list[Row]:
     rows = read_rows(directory / METRICS_FILE)
-    if not any(row["type"] != "sample" for row in rows):
+    if not any(row["type"] in ("train", "eval") for row in rows):
         raise SlmError(
             f"{directory} has no metrics yet" + (f": {state}" if state else ""), "compare it when it has trained"
         )

@@ -1,5 +1,6 @@
 """`slm.train`: a model trained from scratch on text."""
 
+import glob
 import os
 from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
@@ -45,7 +46,8 @@ def train(
 
     Args:
         recipe: The name of a recipe that ships with slm, or a YAML file; by default documented with a GPU, else tiny.
-        data: Files, directories, a prepared dataset, or sample, tinystories or hf:OWNER/NAME; by default the recipe's text.
+        data: Files, directories, a prepared dataset, addresses such as s3://bucket/stories, or sample, tinystories or
+            hf:OWNER/NAME; by default the recipe's text.
         val: Validation text; by default the data's own split, or its last documents, which are held out.
         column: The name of the text column in rows; "text" by default.
         max_document_bytes: Limit of a row or document; by default 16 MiB.
@@ -87,8 +89,24 @@ def train(
                 display.note(f"Resuming {path}.")
             return resume_run(path, display, processes)
         chosen = recipe_for(given, processes, display.note)
+        begun = by_first(processes, lambda: _begun(place, chosen.name))
+        if begun is not None:
+            if processes.rank == 0:
+                display.note(f"Resuming {begun}, which this call of torchrun began.")
+            return resume_run(Path(begun), display, processes)
         path = Path(by_first(processes, lambda: str(place or free_run(chosen.name))))
         return run(chosen, path, display, processes, overwrite=overwrite)
+
+
+def _begun(out: Path | None, name: str) -> str | None:
+    """Returns the run that torchrun began before it restarted its processes; None if it began none."""
+    from slm.train.parallel import launch_id
+    from slm.train.prepare import begun_by
+
+    launch = launch_id()
+    runs = [out] if out is not None else [run for run in sorted(RUNS.glob(f"{glob.escape(name)}*")) if run.is_dir()]
+    found = begun_by(launch, runs)
+    return None if found is None else str(found)
 
 
 def launched() -> bool:
@@ -203,11 +221,14 @@ def _run_named(out: Path | None) -> Path | None:
 def _check_files(given: Mapping[str, Any]) -> None:
     from slm.core.text.files import find_files, is_dataset
     from slm.train.data.corpus import is_named
+    from slm.train.data.remote.locations import file_system, is_remote, without_file_protocol
 
     texts, validation = _texts(given), given["val"]
     for name in (*texts, *([] if validation is None else [fspath(validation)])):
-        path = Path(name).expanduser()
-        if not is_named(name) and not (name in texts and is_dataset(path)):
+        path = Path(without_file_protocol(name)).expanduser()
+        if is_remote(name):
+            file_system(name)
+        elif not is_named(name) and not (name in texts and is_dataset(path)):
             find_files(path)
     if given["tokenizer"] is not None:
         check_tokenizer(fspath(given["tokenizer"]))

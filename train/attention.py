@@ -17,9 +17,11 @@ def wants_flex(recipe: Recipe, config: ModelConfig, able: Capability, precision:
     """Returns whether settings and device call for FlexAttention.
 
     "auto" uses it on CUDA if a window is shorter than the context, products are computed in 16 bits, and the kernel's
-    tiles fit into shared memory (`slm.core.nn.kernels.fits_flex`). Otherwise scores are masked.
+    tiles fit into shared memory (`slm.core.nn.kernels.fits_flex`). Otherwise, and for rows of documents, scores are masked.
     """
     if able.device != "cuda" or recipe.machine.attention == "sdpa" or not _slides(recipe, config):
+        return False
+    if recipe.data.sampler == "best_fit":
         return False
     if recipe.machine.attention == "flex":
         return True
@@ -68,9 +70,9 @@ def training_kernels(
 
 
 def _masked(recipe: Recipe, config: ModelConfig, layer: int) -> bool:
-    """Returns whether a layer's window is shorter than the context of training, so that it needs a mask."""
+    """Returns whether a layer needs a mask: its window is shorter than the context of training, or rows have documents."""
     window = config.window(layer)
-    return window is not None and recipe.batch.context > window
+    return recipe.data.sampler == "best_fit" or (window is not None and recipe.batch.context > window)
 
 
 def _slides(recipe: Recipe, config: ModelConfig) -> bool:

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-Sampler = Literal["random", "packed"]
+Sampler = Literal["random", "packed", "best_fit"]
 PrecisionName = Literal["auto", "float32", "bfloat16", "float16"]
 ParallelName = Literal["ddp", "fsdp"]
 LogName = Literal["tensorboard", "wandb", "mlflow"]

@@ -4,16 +4,18 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from slm.core.accounting import keys_seen, prefill_flops
-from slm.core.checkpoint import tensor_shapes
+from slm.core.checkpoint import read_config, tensor_shapes
 from slm.core.config import ModelConfig
 from slm.core.nn import CausalLM
 from slm.core.nn.fake_quant import fake_quantize
 from slm.train.attention import training_kernels
+from slm.train.batching import Place
 from slm.train.learner import Objective
 from slm.train.memory import TrainingBytes, advise, training_bytes
 from slm.train.muon import orthogonalization_flops
@@ -112,6 +114,12 @@ class Estimate:
     advice: str | None
 
 
+def place_on(recipe: Recipe, card: Gpu) -> Place:
+    """Returns what a GPU has for a process that trains a recipe."""
+    precision = choose_precision(recipe.machine.precision, card.able, recipe.model.config())
+    return Place(card.able, precision, round(card.memory_gib * _GIB))
+
+
 def estimate(recipe: Recipe, gpu: str | None, memory_bytes: int | None, processes: int = 1) -> Estimate:
     """Estimates the tokens, memory and time of a recipe.
 
@@ -177,13 +185,21 @@ def training_flops(
         window = config.window(layer)
         if kernel == "efficient" and window is not None and context > window:
             operations += 4 * config.num_attention_heads * config.head_dim * (context**2 - keys_seen(context, window))
-    return operations / context * (_PASSES_ANEW if recipe.machine.gradient_checkpointing else _PASSES)
+    passes = _PASSES_ANEW if recipe.machine.gradient_checkpointing else _PASSES
+    return (operations * passes + _teachers_flops(recipe)) / context
+
+
+def _teachers_flops(recipe: Recipe) -> float:
+    """Returns the floating-point operations of all teachers for one row: a forward pass each."""
+    context = recipe.batch.context
+    shapes = (read_config(Path(path).expanduser()) for path in recipe.distillation.teachers)
+    return sum(prefill_flops(shape, context, head_positions=context).total for shape in shapes)
 
 
 def _update_seconds(recipe: Recipe, config: ModelConfig, card: Gpu) -> float:
     """Returns the seconds of an update on a GPU: every value is read and written once, and Muon orthogonalizes matrices."""
     matrices = [shape for name, shape in tensor_shapes(config).items() if ".layers." in name and len(shape) > 1]
-    muon = recipe.optimizer.name == "muon"
+    muon = recipe.optimizer.orthogonalizes
     by_muon = sum(rows * columns for rows, columns in matrices) if muon else 0
     moved = _ADAMW_BYTES * (config.parameter_count() - by_muon) + _MUON_BYTES * by_muon
     operations = sum(orthogonalization_flops(*shape) for shape in matrices) if muon else 0
@@ -231,8 +247,7 @@ def _timed_seconds(
 
     def step() -> float:
         began = time.perf_counter()
-        for optimizer in optimizers.members:
-            optimizer.step()
+        optimizers.step()
         if device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - began
@@ -240,6 +255,8 @@ def _timed_seconds(
     total = seconds(whole) + (config.num_hidden_layers - 1) * seconds(layer)
     passes = _PASSES_ANEW / _PASSES if recipe.machine.gradient_checkpointing else 1
     learning = passes * total / ids.numel() * recipe.micro_steps * recipe.tokens_per_micro_step
+    own = prefill_flops(config, recipe.batch.context, head_positions=recipe.batch.context).total
+    learning *= 1 + _teachers_flops(recipe) / (_PASSES * own)  # at the speed of the model itself
     optimizers = make_optimizers(model, recipe.optimizer)
     with_layer = min(step() for _ in range(_GOES))
     for parameter in model.model.layers.parameters():

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +13,7 @@ from slm.core.progress import Progress
 from slm.train.evaluate import Check
 from slm.train.interrupt import Interruption
 from slm.train.parallel import Processes
+from slm.train.watchdog import Watchdog
 
 # Saving costs time and disk writes; a killed run loses at most this much work. Ctrl-C and SIGTERM save first.
 _SAVE_EVERY_S = 300.0
@@ -91,7 +92,20 @@ class Task(Protocol):
         """
 
     def save(self, number: int | None) -> None:
-        """Saves the state for resuming, and a checkpoint under a number if one is given."""
+        """Saves the state for resuming, and a checkpoint under a number if one is given.
+
+        The files may be written in the background.
+
+        Raises:
+            SlmError: When the previous save failed in the background.
+        """
+
+    def finish_saving(self) -> None:
+        """Waits until what was saved is on the disk.
+
+        Raises:
+            SlmError: When it could not be written.
+        """
 
     def last_saved(self) -> str:
         """Returns a phrase that names the last save."""
@@ -111,7 +125,13 @@ class Loop:
     """Runs a task from its current position to its end."""
 
     def __init__(
-        self, plan: Plan, task: Task, interruption: Interruption, processes: Processes, progress: Progress
+        self,
+        plan: Plan,
+        task: Task,
+        interruption: Interruption,
+        processes: Processes,
+        progress: Progress,
+        watchdog: Watchdog | None = None,
     ) -> None:
         """Prepares the loop.
 
@@ -121,8 +141,9 @@ class Loop:
             interruption: Pending requests to stop or to save.
             processes: The group of processes that run this loop together.
             progress: Receives the progress bar and notes.
+            watchdog: Is told that the run goes on; None for no watch.
         """
-        self._plan, self._task = plan, task
+        self._plan, self._task, self._watchdog = plan, task, watchdog
         self._interruption, self._processes, self._progress = interruption, processes, progress
         self._saved_at = time.perf_counter()
 
@@ -138,7 +159,7 @@ class Loop:
         self._progress.start(self._plan.name, self._plan.micro_steps, f"{self._plan.unit}s")
         self._progress.advance(task.micro_steps)
         try:
-            with self._explained():
+            with self._explained(), self._watchdog or nullcontext():
                 while True:
                     if self._evaluation_is_due():
                         self._evaluate()
@@ -160,6 +181,15 @@ class Loop:
         with self._explained():
             self._task.save(number)
         self._saved_at = time.perf_counter()
+        self._beat()
+
+    def finish_saving(self) -> None:
+        """Waits until what was saved is on the disk.
+
+        Raises:
+            SlmError: When it could not be written.
+        """
+        self._task.finish_saving()
 
     def _update(self) -> None:
         first = self._task.micro_steps
@@ -191,6 +221,7 @@ class Loop:
 
     def _between_updates(self) -> None:
         """Saves when a save is due or requested, and stops on request."""
+        self._beat()
         overdue = time.perf_counter() - self._saved_at > _SAVE_EVERY_S
         updates, every = self._task.micro_steps // self._plan.accumulation, self._plan.checkpoint_every
         numbered = every is not None and updates % every == 0
@@ -200,6 +231,7 @@ class Loop:
         if wanted or overdue or numbered:
             self.save(updates if numbered else None)
         if wanted:
+            self.finish_saving()
             self._interruption.checkpoint_wanted = False
             self._progress.note(f"checkpoint after {updates:,} updates, as asked: {self._task.last_saved()}")
         if stop:
@@ -209,12 +241,18 @@ class Loop:
         """Returns which requests any of the processes has."""
         return [count > 0 for count in self._processes.total([float(request) for request in requests])]
 
+    def _beat(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.beat()
+
     def _within_update(self) -> None:
+        self._beat()
         if self._processes.size == 1:  # a group would have to communicate: it agrees between updates instead
             self._safe_point()
 
     def _safe_point(self) -> None:
         """Stops here on request: weights and optimizer are as the last update left them."""
+        self._beat()
         (stop,) = self._agreed(self._interruption.pending is not None)
         if stop:
             raise _Stopped
@@ -222,6 +260,7 @@ class Loop:
     def _stop(self) -> None:
         self._progress.note("stopping: saving the run as the last update left it")
         self.save()
+        self.finish_saving()
         self._interruption.deliver()
 
     def _diverged(self, update: int, micro_step: int, what: str) -> SlmError:

@@ -6,8 +6,9 @@ Dimensions: B windows, T positions, D hidden, F intermediate, N heads, K kv head
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 
-from slm.core.checkpoint import tensor_shapes
+from slm.core.checkpoint import read_config, tensor_shapes
 from slm.core.config import ModelConfig
 from slm.core.nn.attention import SHORT
 from slm.core.nn.kernels import AttentionKernel
@@ -29,9 +30,12 @@ class TrainingBytes:
         weights: The weights, in float32.
         gradients: The gradients, in float32.
         moments: The optimizers' moments.
-        average: The moving average of the weights.
+        average: The average of the weights.
+        teachers: The weights of the teachers, with their matrices cast by autocast.
+        update: Copies of the weights during an update, when activations are freed.
         activations: Tensors that the forward pass saves for the backward pass, including matrices cast by autocast or rounded
             to a grid.
+        snapshot: Copies in main memory that a thread writes to disk; only on a CPU, where they share the memory.
         loss: A chunk of logits, and the head's gradients while they are computed; the rounded head.
     """
 
@@ -39,13 +43,17 @@ class TrainingBytes:
     gradients: int
     moments: int
     average: int
+    teachers: int
+    update: int
     activations: int
     loss: int
+    snapshot: int = 0
 
     @property
     def total(self) -> int:
-        """The sum."""
-        return self.weights + self.gradients + self.moments + self.average + self.activations + self.loss
+        """The peak: the larger of what a micro-step and an update add to the rest."""
+        kept = self.weights + self.gradients + self.moments + self.average + self.teachers + self.snapshot
+        return kept + max(self.update, self.activations + self.loss)
 
 
 def training_bytes(
@@ -65,7 +73,7 @@ def training_bytes(
     matrices = sum(
         prod(shape) for name, shape in tensor_shapes(config).items() if ".layers." in name and len(shape) > 1
     )
-    moments = 2 * weights - (matrices * _FLOAT32 if recipe.optimizer.name == "muon" else 0)  # Muon keeps one, AdamW two
+    moments = 2 * weights + _moments_less_adamw(recipe, config)
     on_grid = recipe.qat.grid is not None
     cast = matrices * (_PRODUCT if precision.autocast is not None else _FLOAT32 if on_grid else 0)
     if recipe.machine.gradient_checkpointing:
@@ -73,16 +81,56 @@ def training_bytes(
     tokens = -(-recipe.batch.batch_size // processes) * recipe.batch.context
     chunk = recipe.machine.loss_chunk
     product = _PRODUCT if precision.autocast is not None else _FLOAT32
+    snapshot = 0
+    if recipe.checkpoints.asynchronous and able.device == "cpu":
+        # Of the first process, which writes: the weights, also as checkpoints have them if those differ, and the state.
+        deployed = weights if recipe.optimizer.averages or on_grid else 0
+        snapshot = weights + deployed + moments + (weights if recipe.optimizer.averages else 0)
     rows = min(tokens, chunk if chunk is not None else max(1, CHUNK_BYTES // (product * config.vocab_size)))
+    per_token = max(
+        _bytes_per_token(_with(recipe, "batch", context=length, first_context=None), config, precision, able)
+        for length in recipe.batch.contexts
+    )
     return TrainingBytes(
         weights=weights // shared,
         gradients=weights // shared,
         moments=moments // shared,
-        average=weights // shared if recipe.optimizer.ema else 0,
-        activations=tokens * _bytes_per_token(recipe, config, precision, able) + cast,
+        average=weights // shared if recipe.optimizer.averages else 0,
+        teachers=_teacher_bytes(recipe, precision),
+        update=weights // shared if recipe.optimizer.cautious else 0,
+        activations=tokens * per_token + cast,
         loss=_loss_bytes(rows, config, product, able)
         + (config.vocab_size * config.hidden_size * _FLOAT32 if on_grid else 0),
+        snapshot=snapshot,
     )
+
+
+def _teacher_bytes(recipe: Recipe, precision: Precision) -> int:
+    """Returns the weights of all teachers; every process has them whole.
+
+    Autocast keeps the matrices of the blocks in its own type alone, and a second copy of the head in it.
+    """
+    total = 0
+    for path in recipe.distillation.teachers:
+        config = read_config(Path(path).expanduser())
+        if precision.autocast is None:
+            total += config.parameter_count() * _FLOAT32
+            continue
+        matrices = sum(
+            prod(shape) for name, shape in tensor_shapes(config).items() if ".layers." in name and len(shape) > 1
+        )
+        head = config.vocab_size * config.hidden_size
+        total += (config.parameter_count() - matrices) * _FLOAT32 + (matrices + head) * _PRODUCT
+    return total
+
+
+def _moments_less_adamw(recipe: Recipe, config: ModelConfig) -> int:
+    """Returns what the optimizer's state adds to AdamW's two moments: Muon keeps one, NorMuon also a value for each row."""
+    if not recipe.optimizer.orthogonalizes:
+        return 0
+    shapes = [shape for name, shape in tensor_shapes(config).items() if ".layers." in name and len(shape) > 1]
+    rows = sum(shape[0] for shape in shapes) if recipe.optimizer.name == "normuon" else 0
+    return (rows - sum(map(prod, shapes))) * _FLOAT32
 
 
 def _loss_bytes(rows: int, config: ModelConfig, product: int, able: Capability) -> int:
@@ -129,7 +177,7 @@ def advise(
     if found:
         return "; or ".join(_advice(recipe, way, total(recipe), total(way)) for way in found)
     least = ways[-1][-1] if ways[-1] else recipe
-    shorter = [_with(least, "batch", context=context) for context in _halves(recipe.batch.context)]
+    shorter = [_with(least, "batch", context=context) for context in _halves(recipe)]
     chosen = first_to_fit(shorter)
     if chosen is None:
         least = shorter[-1] if shorter else least
@@ -148,9 +196,10 @@ def _smaller_batches(recipe: Recipe, processes: int) -> list[Recipe]:
     ]
 
 
-def _halves(context: int) -> list[int]:
-    """Returns half of a context, a quarter, and so on, down to the shortest that still trains."""
-    return [context >> times for times in range(1, context.bit_length() - 1)]
+def _halves(recipe: Recipe) -> list[int]:
+    """Returns half of the context, a quarter, and so on, down to the first length of rows or the shortest that still trains."""
+    context, least = recipe.batch.context, recipe.batch.first_context or 2
+    return [context >> times for times in range(1, context.bit_length() - 1) if context >> times >= least]
 
 
 def _advice(recipe: Recipe, chosen: Recipe, now: int, then: int) -> str:
@@ -182,7 +231,7 @@ def _bytes_per_token(recipe: Recipe, config: ModelConfig, precision: Precision, 
     autocast = precision.autocast is not None
     layers = [
         _layer_bytes(config, autocast, kernel, recipe.qat.grid is not None)
-        + _attention_bytes(config, autocast, kernel, recipe.batch.context, layer)
+        + _attention_bytes(config, autocast, kernel, recipe.batch.context, layer, recipe.data.sampler == "best_fit")
         for layer, kernel in enumerate(training_kernels(recipe, config, able, precision))
     ]
     stream = config.hidden_size * _FLOAT32
@@ -215,10 +264,24 @@ def _layer_bytes(config: ModelConfig, autocast: bool, kernel: AttentionKernel, o
     return norms + attention + rotation + rounded + 4 * config.intermediate_size * product
 
 
-def _attention_bytes(config: ModelConfig, autocast: bool, kernel: AttentionKernel, context: int, layer: int) -> int:
-    """Returns the bytes per position that attention saves besides queries, keys, values and its output."""
+def _attention_bytes(
+    config: ModelConfig, autocast: bool, kernel: AttentionKernel, context: int, layer: int, apart: bool
+) -> int:
+    """Returns the bytes per position that attention saves besides queries, keys, values and its output.
+
+    Args:
+        config: The model's shape.
+        autocast: Whether products are computed in 16 bits.
+        kernel: The kernel.
+        context: Length of a row.
+        layer: Number of the layer.
+        apart: Whether rows have documents that do not attend to each other.
+    """
     product = _PRODUCT if autocast else _FLOAT32
     heads, window = config.num_attention_heads, config.window(layer)
+    if apart:  # a mask for each row, as booleans and as numbers; the plain products are not used
+        expanded = 2 * (heads - config.num_key_value_heads) * config.head_dim * product
+        return context * (1 + product) + (expanded if kernel == "efficient" else 0)
     if kernel == "efficient":  # keys and values, repeated for each query head
         return 2 * (heads - config.num_key_value_heads) * config.head_dim * product
     if kernel == "cpu" and context <= SHORT and (window is None or context <= window):  # attend_in_products

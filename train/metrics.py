@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ CURVE_FILE = "loss.png"
 # Above every count and loss; comparisons with NaN are false too.
 _LARGEST = 2.0**63
 
-Kind = Literal["train", "eval", "sample"]
+Kind = Literal["train", "eval", "sample", "spike", "slow", "hang"]
 Row = Mapping[str, Any]
 
 # Fields of each kind of row that are numbers, or null.
@@ -24,14 +25,29 @@ _NUMBERS: dict[Kind, tuple[str, ...]] = {
     "train": ("loss", "learning_rate", "grad_norm", "tokens_s"),
     "eval": ("loss", "perplexity", "bits_per_byte", "score"),
     "sample": (),
+    "spike": ("loss", "grad_norm", "usual_loss", "usual_grad_norm", "at_update"),
+    "slow": ("tokens_s", "usual_tokens_s", "seconds"),
+    "hang": ("seconds",),
 }
+# Kinds of rows that always have a loss.
+_WITH_LOSS = ("train", "eval")
 
 
 class Metrics:
-    """The rows of a run: "train" for every update, "eval" for every evaluation, "sample" for every sample text."""
+    """The rows of a run: "train" for every update, "eval" for every evaluation, "sample" for every sample text.
+
+    A "spike" is an update that was not made, "slow" and "hang" are warnings of the watchdog.
+    """
 
     def __init__(
-        self, run: Path, updates: int, *, best: Row | None = None, write: bool = True, logs: Logs | None = None
+        self,
+        run: Path,
+        updates: int,
+        *,
+        best: Row | None = None,
+        write: bool = True,
+        logs: Logs | None = None,
+        rewinds: Sequence[Row] = (),
     ) -> None:
         """Opens the metrics of a run that resumes after a number of updates; later rows are dropped.
 
@@ -41,6 +57,7 @@ class Metrics:
             best: Metrics of the best checkpoint on the disk; its row may be one of those that are dropped.
             write: Whether to write files; only one of several processes does.
             logs: Further destinations of the rows, which are opened here; None for no other.
+            rewinds: The rows about the rewinds so far.
         """
         self._file = run / METRICS_FILE
         self._curve = run / CURVE_FILE
@@ -48,10 +65,15 @@ class Metrics:
         # Samples are written before their evaluation; without it they will be drawn again.
         measured = {row["updates"] for row in kept if row["type"] == "eval"}
         kept = [row for row in kept if row["type"] != "sample" or row["updates"] in measured]
-        self._rows: dict[Kind, list[Row]] = {"train": [], "eval": [], "sample": []}
+        # A rewind is recorded after the state is saved to which it goes back.
+        kept = [row for row in kept if not _is_rewind(row) or _without_type(row) in rewinds]
+        there = [_without_type(row) for row in kept if _is_rewind(row)]
+        kept += [{"type": "spike", **row} for row in rewinds if row not in there]
+        self._rows: dict[Kind, list[Row]] = {kind: [] for kind in _NUMBERS}
         for row in kept:
             self._rows[row["type"]].append(row)
         self._best_kept = best
+        self._lock = threading.Lock()
         self._write = write
         if write:
             write_text(self._file, "".join(map(_line, kept)))
@@ -61,12 +83,27 @@ class Metrics:
     def add(self, kind: Kind, row: Row) -> None:
         """Appends a row, and writes it."""
         row = {"type": kind, **row}
-        self._rows[kind].append(row)
-        if not self._write:
-            return
-        with self._file.open("a", encoding="utf-8", newline="") as file:
-            file.write(_line(row))
-        self.logs.add(row)
+        with self._lock:  # the watchdog has a thread of its own
+            self._rows[kind].append(row)
+            if not self._write:
+                return
+            with self._file.open("a", encoding="utf-8", newline="") as file:
+                file.write(_line(row))
+            self.logs.add(row)
+
+    def rewind(self, updates: int, row: Row) -> None:
+        """Drops the rows after an update, to which the run went back, and appends the row about it.
+
+        The best checkpoint stays on the disk, and the best evaluation with it.
+        """
+        self._best_kept = self.best
+        with self._lock:
+            for rows in self._rows.values():
+                rows[:] = [each for each in rows if each["updates"] <= updates]
+            if self._write:
+                kept = [each for each in read_rows(self._file) if each["updates"] <= updates]
+                write_text(self._file, "".join(map(_line, kept)))
+        self.add("spike", row)
 
     @property
     def evaluations(self) -> Sequence[Row]:
@@ -84,7 +121,15 @@ class Metrics:
         """Plots training and validation loss over tokens, and the score of replies if it was measured."""
         if not self._write:
             return
-        draw_losses([("", self._rows["train"], self._rows["eval"])], self._curve)
+        draw_losses([("", self._rows["train"], self._rows["eval"])], self._curve, spikes=[self._rows["spike"]])
+
+
+def _is_rewind(row: Row) -> bool:
+    return row["type"] == "spike" and row.get("action") == "rewind"
+
+
+def _without_type(row: Row) -> Row:
+    return {name: value for name, value in row.items() if name != "type"}
 
 
 def _line(row: Row) -> str:
@@ -100,7 +145,7 @@ def check_row(row: object) -> None:
     if not isinstance(row, dict) or row.get("type") not in _NUMBERS:
         raise ValueError("is not a row of metrics")
     kind: Kind = row["type"]
-    for name in ("updates", "tokens", *(() if kind == "sample" else ("loss",))):
+    for name in ("updates", "tokens", *(("loss",) if kind in _WITH_LOSS else ())):
         if not is_number(row.get(name)):
             raise ValueError(f"has no number as {name!r}")
     for name in _NUMBERS[kind]:
@@ -121,6 +166,7 @@ def draw_losses(
     axis: Literal["tokens", "updates"] = "tokens",
     unit: str = "nats a token",
     software: str | None = None,
+    spikes: Sequence[Sequence[Row]] = (),
 ) -> None:
     """Plots training and held-out losses of one run or of several, as a PNG file.
 
@@ -130,6 +176,7 @@ def draw_losses(
         axis: The field of the rows on the x axis.
         unit: The unit of the losses.
         software: The program that the file's metadata names; None for matplotlib.
+        spikes: The "spike" rows of each run, which are drawn as lines; none where there are fewer.
     """
     figure = new_figure(8, 5)
     axes = figure.subplots()
@@ -140,6 +187,12 @@ def draw_losses(
             if name:  # matplotlib hides labels that begin with "_", and reads text between "$" as formulas
                 label = f"{' ' * name.startswith('_')}{name}, {label}".replace("$", r"\$")
             axes.plot(x, losses, style, label=label, linewidth=1, markersize=4, **several)
+    for (name, _, _), rows, color in zip(runs, spikes, _spike_colors(len(runs)), strict=False):
+        for action, style in (("skip", ":"), ("rewind", "--")):
+            title = f"{' ' * name.startswith('_')}{name}{', ' * bool(name)}spike: {action}".replace("$", r"\$")
+            at = [row[axis] for row in rows if row.get("action") == action]
+            for place, x in enumerate(at):  # matplotlib lists no label that begins with "_"
+                axes.axvline(x, linestyle=style, color=color, linewidth=0.8, label="_" if place else title)
     axes.set(xlabel=axis, ylabel=f"loss ({unit})")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -153,6 +206,11 @@ def draw_losses(
         percent.legend(loc="center right")
     with atomic_file(file) as partial:
         figure.savefig(partial, format="png", dpi=120, metadata=software and {"Software": software})
+
+
+def _spike_colors(runs: int) -> list[str]:
+    """Returns the color of each run's spikes: that of its curves, where there are several runs."""
+    return ["tab:red"] if runs == 1 else [f"C{number}" for number in range(runs)]
 
 
 def read_rows(file: Path) -> list[Row]:

@@ -7,6 +7,9 @@ weights, gradients and moments, for models that do not fit into one device. Save
 
 import json
 import os
+import secrets
+import socket
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -22,6 +25,7 @@ from slm.core.errors import SlmError
 from slm.train.choices import ParallelName
 
 if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
     from torch.distributed.tensor import DTensor
 
 # Values that processes exchange besides tensors, as JSON: no pickle.
@@ -32,6 +36,9 @@ T = TypeVar("T", bound=Json)
 _TOGETHER = timedelta(minutes=10)
 # Timeout for work that only the first process does, such as preparing the data.
 _PATIENCE = timedelta(hours=12)
+
+# Interval at which the first process looks for others.
+_TICKETS_S = 0.01
 
 _ERROR_CODE = 1
 
@@ -109,7 +116,8 @@ class Group(Processes):
         """
         try:
             # torchrun itself holds the store, so that it outlives a process that fails.
-            self._store, self.rank, self.size = next(rendezvous("env://", timeout=_TOGETHER))
+            store, self.rank, self.size = next(rendezvous("env://", timeout=_TOGETHER))
+            self._store = _of_this_start(store, self.rank, self.size)
             # gloo handles CPU tensors; NCCL opens its connections when the first GPU tensor needs them
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.size, timeout=_TOGETHER)
@@ -130,7 +138,9 @@ class Group(Processes):
             from torch.nn.parallel import DistributedDataParallel
 
             where = [device] if device.type == "cuda" else None
-            return DistributedDataParallel(objective, device_ids=where, gradient_as_bucket_view=True)
+            wrapped = DistributedDataParallel(objective, device_ids=where, gradient_as_bucket_view=True)
+            _settle(wrapped, device)
+            return wrapped
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
@@ -193,6 +203,33 @@ class Group(Processes):
             return True
 
 
+def _of_this_start(store: "Store", rank: int, size: int) -> "Store":
+    """Returns the part of a store that belongs to these processes alone.
+
+    When torchrun restarts its processes, they find the store as their predecessors left it, and would connect to those. The
+    number of restarts does not tell them apart: it does not count changes of the number of nodes, and a node that joins later
+    counts from 0. Therefore each process draws a ticket, and the first process answers every ticket with a name for this start.
+
+    Raises:
+        RuntimeError: When not all processes come in time.
+    """
+    store.set_timeout(_TOGETHER)
+    if rank != 0:
+        name = store.get(f"start/{store.add('tickets', 1)}").decode()
+        store.add(f"{name}/came", 1)
+        return dist.PrefixStore(name, store)  # type: ignore[attr-defined]
+    name, until = secrets.token_hex(8), time.monotonic() + _TOGETHER.total_seconds()
+    while store.add(f"{name}/came", 0) < size - 1:
+        answered, drawn = store.add("answered", 0), store.add("tickets", 0)
+        for ticket in range(answered + 1, drawn + 1):
+            store.set(f"start/{ticket}", name)
+            store.add("answered", 1)
+        if time.monotonic() > until:
+            raise RuntimeError("not all processes came")
+        time.sleep(_TICKETS_S)
+    return dist.PrefixStore(name, store)  # type: ignore[attr-defined]
+
+
 @contextmanager
 def joined() -> Iterator[Processes]:
     """Joins the processes that torchrun started, if any, within the block.
@@ -253,8 +290,13 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def share_of(rows: int, processes: Processes) -> slice:
-    """Returns this process's rows of a micro-step.
+def local_size() -> int:
+    """Returns the number of processes that torchrun started on this machine, which share its memory."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def check_even(rows: int, processes: Processes) -> None:
+    """Checks that every process gets as many rows of a micro-step.
 
     Raises:
         SlmError: When the rows cannot be divided evenly.
@@ -264,8 +306,30 @@ def share_of(rows: int, processes: Processes) -> slice:
             f"{processes.size} processes cannot share batches of {rows} windows evenly",
             f"--set batch.batch_size={-(-rows // processes.size) * processes.size}",
         )
-    mine = rows // processes.size
-    return slice(processes.rank * mine, (processes.rank + 1) * mine)
+
+
+def share_of(rows: int, processes: Processes) -> slice:
+    """Returns this process's rows of a micro-step; the first processes have one more where they do not divide evenly."""
+    mine, more = divmod(rows, processes.size)
+    first = processes.rank * mine + min(processes.rank, more)
+    return slice(first, first + mine + (processes.rank < more))
+
+
+def launch_id() -> str | None:
+    """Returns what names this call of torchrun in all of its restarts; None without torchrun.
+
+    That is its --rdzv-id, or the process of torchrun itself where it has none.
+    """
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    if run_id != "none":
+        return run_id
+    import psutil
+
+    try:
+        agent = psutil.Process(os.getppid())
+        return f"{socket.gethostname()} {agent.pid} {agent.create_time()}"
+    except psutil.Error:
+        return None
 
 
 def collect(tensors: Iterable[tuple[str, Tensor]], keep: bool = True) -> dict[str, Tensor]:
@@ -297,6 +361,24 @@ def shared_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     like: DTensor = parameter  # type: ignore[assignment]
     # None: every process has read the same tensor, so that none needs to be sent
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _settle(wrapped: nn.Module, device: torch.device) -> None:
+    """Makes one backward pass, after which DDP arranges its buckets by the order in which gradients arrive.
+
+    Where an element of a gradient lies in a bucket decides in which order more than two processes add it. A run that is resumed
+    thereby adds as the run did that was not interrupted, from its first update on.
+    """
+    objective: Any = wrapped.module
+    body = objective.model.model
+    compiled, objective._compiled, flex, body.flex = objective._compiled, None, body.flex, False
+    try:
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
+        for _ in range(2):  # the second forward pass arranges them
+            wrapped(ids, ids).backward()
+    finally:
+        objective._compiled, body.flex = compiled, flex
+    wrapped.zero_grad(set_to_none=True)
 
 
 def _is_share(tensor: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -11,22 +11,29 @@ from slm.core import renames
 from slm.core.chat import tokenizer_config
 from slm.core.checkpoint import CHECKPOINT_FILES
 from slm.core.errors import SlmError
-from slm.core.files import atomic_directory, write_text
+from slm.core.files import atomic_directory, read_text, write_text
 from slm.core.locks import held
 from slm.core.machine import usable_cores
 from slm.core.progress import Progress
 from slm.core.text.cuts import PieceEncoder
 from slm.core.text.files import DATASET_FILE, find_files, is_dataset
 from slm.core.tokenizer import Tokenizer
+from slm.train.build import positions_of
 from slm.train.data.corpus import SAMPLE, Corpus, Documents, Reading, is_named, open_corpus
-from slm.train.data.dataset import Dataset, DatasetManifest, open_dataset, refer_to
+from slm.train.data.dataset import Dataset, open_dataset, open_remote, refer_to
 from slm.train.data.preparation import beginning, write_dataset
+from slm.train.data.remote.locations import file_system, is_remote, without_file_protocol
+from slm.train.data.remote.text import is_remote_dataset
 from slm.train.data.shards import ShardWriter
 from slm.train.data.tokenizer import check_vocabulary, is_choice, resolve_tokenizer
+from slm.train.data.tokens import Tokens
 from slm.train.recipe import Recipe
+from slm.train.teacher import check_teacher
 
 CONFIG = "config.yaml"
 DATA = "data"
+# Names the call of torchrun that began the run.
+LAUNCH = "launch.txt"
 
 # Processes that tokenize. The writing process reads and hashes, and cannot keep more of them busy.
 _MOST_WORKERS = 8
@@ -36,16 +43,18 @@ _BYTES_ENOUGH = 64
 # Files of a run that ended before it saved anything, and files that a killed run leaves half written.
 _PARTIAL = r"(checkpoint/)?\.[^/]+\.(partial-\d+(/.*)?|lock)"
 _UNSAVED = re.compile(
-    r"config\.yaml|metrics\.jsonl|loss\.png|checkpoint|data|tensorboard|tensorboard/events\.out\.tfevents\.[^/]+"
+    r"config\.yaml|launch\.txt|metrics\.jsonl|loss\.png|checkpoint|data|tensorboard|tensorboard/events\.out\.tfevents\.[^/]+"
     rf"|data/(dataset|tokenizer|tokenizer_config)\.json|data/(train|validation)\.bin|{_PARTIAL}"
 )
 # Files of a run that has saved.
 _SAVED = re.compile(
-    rf"trainer(/[\w.]+)?|checkpoint/(best|last|update-\d+)(/({'|'.join(map(re.escape, sorted(CHECKPOINT_FILES)))}))?"
+    rf"(trainer|rewind)(/[\w.]+)?|checkpoint/(best|last|update-\d+)(/({'|'.join(map(re.escape, sorted(CHECKPOINT_FILES)))}))?"
 )
 
 
-def prepare(recipe: Recipe, run: Path, progress: Progress, *, overwrite: bool = False) -> None:
+def prepare(
+    recipe: Recipe, run: Path, progress: Progress, *, overwrite: bool = False, launch: str | None = None
+) -> None:
     """Creates a run directory that is ready for training, or none.
 
     Text becomes a dataset in the run. A dataset of `slm data prepare` stays where it is, and the run refers to it.
@@ -55,50 +64,73 @@ def prepare(recipe: Recipe, run: Path, progress: Progress, *, overwrite: bool = 
         run: The directory to create. It may be empty, or left by a run that saved nothing.
         progress: Receives progress and notes.
         overwrite: Whether another run there may be replaced; if the preparation fails, it is kept.
+        launch: What names the call of torchrun that starts the run, by which its restarts find it; see `begun_by`.
 
     Raises:
         SlmError: When the directory is taken, the data cannot be read or is too short, or the tokenizer is not available.
     """
     check_free(run, overwrite=overwrite)
-    dataset = prepared_dataset(recipe)
+    dataset = prepared_dataset(recipe, progress)
     if dataset is not None:
         progress.note(
             f"data: {recipe.data.train[0]}, prepared: {dataset.manifest.train.tokens:,} tokens to train on, "
             f"{dataset.manifest.validation.tokens:,} to measure on"
         )
+        _check_teachers(recipe, dataset.tokenizer)
         with _new_directory(run, progress, overwrite):
             _refer(dataset, run)
-            _write_recipe(recipe, dataset.manifest, run)
+            _write_recipe(recipe, dataset.train, run, launch)
         return
     corpus = open_corpus(recipe.data.train, recipe.data.validation, _reading(recipe))
     progress.note(f"data: {corpus.about}")
     tokenizer = _tokenizer(recipe, corpus)
+    _check_teachers(recipe, tokenizer)
     with _new_directory(run, progress, overwrite):
         with atomic_directory(run / DATA, ()) as directory:
             workers = min(usable_cores(), _MOST_WORKERS)
             manifest = write_dataset(ShardWriter(directory, tokenizer, progress, workers=workers), corpus)
         check_lengths(recipe, manifest.train.tokens, manifest.validation.tokens)
-        _write_recipe(recipe, manifest, run)
+        _write_recipe(recipe, open_dataset(run / DATA).train, run, launch)
 
 
-def prepared_dataset(recipe: Recipe) -> Dataset | None:
+def begun_by(launch: str | None, candidates: Iterable[Path]) -> Path | None:
+    """Returns the run that a call of torchrun began, which its restarts continue; None if there is none.
+
+    Args:
+        launch: What names the call.
+        candidates: The directories in which the run may be.
+    """
+    for run in candidates if launch is not None else ():
+        file = run / LAUNCH
+        if file.is_file() and (run / CONFIG).is_file() and read_text(file, LAUNCH).strip() == launch:
+            return run
+    return None
+
+
+def prepared_dataset(recipe: Recipe, progress: Progress | None = None) -> Dataset | None:
     """Opens the prepared dataset that a recipe names, its tokenizer set up for the model; None if it names text.
+
+    Args:
+        recipe: The recipe.
+        progress: Receives notes about a remote dataset that is fetched.
 
     Raises:
         SlmError: When it is damaged, has a larger vocabulary than the model or too few tokens, or when the recipe names
             validation text or another tokenizer as well.
     """
     data, config = recipe.data, recipe.model.config()
-    path = Path(data.train[0]).expanduser()
-    if len(data.train) > 1 or is_named(data.train[0]) or not is_dataset(path):
+    name = without_file_protocol(data.train[0])
+    path = Path(name).expanduser()
+    if len(data.train) > 1 or is_named(name) or not (is_remote_dataset(name) if is_remote(name) else is_dataset(path)):
         return None
     if data.validation is not None:
-        raise SlmError(f"{path} is a prepared dataset with its own validation text", "leave --val out")
-    dataset, max_length = open_dataset(path), config.max_position_embeddings
+        raise SlmError(f"{name} is a prepared dataset with its own validation text", "leave --val out")
+    dataset = open_remote(name, progress) if is_remote(name) else open_dataset(path)
+    max_length = config.max_position_embeddings
     tokenizer = Tokenizer(dataset.tokenizer.backend, tokenizer_config(max_length))
     if not is_choice(data.tokenizer, tokenizer, max_length):
         raise SlmError(
-            f"{path} was made with another tokenizer than {data.tokenizer}",
+            f"{name} was made with another tokenizer than {data.tokenizer}",
             f"--tokenizer bpe takes the dataset's own; slm data prepare --tokenizer {data.tokenizer} makes another dataset",
         )
     check_vocabulary(tokenizer.vocab_size, config.vocab_size)
@@ -118,7 +150,7 @@ def check_text(recipe: Recipe) -> int | None:
     data, config = recipe.data, recipe.model.config()
     if any(is_named(name) and name != SAMPLE for name in data.train):
         if data.validation is not None:
-            find_files(Path(data.validation).expanduser())
+            _check_file(data.validation)
         if data.tokenizer not in ("gpt2", "bpe"):
             resolve_tokenizer(data.tokenizer, (), config.vocab_size, config.max_position_embeddings)
         return None
@@ -135,6 +167,13 @@ def check_text(recipe: Recipe) -> int | None:
         )
         check_lengths(recipe, *counts)
     return sizes[0]
+
+
+def _check_file(name: str) -> None:
+    if is_remote(name):
+        file_system(name)
+    else:
+        find_files(Path(without_file_protocol(name)).expanduser())
 
 
 def _reading(recipe: Recipe) -> Reading:
@@ -272,6 +311,13 @@ def _tokenizer(recipe: Recipe, corpus: Corpus) -> Tokenizer:
     )
 
 
+def _check_teachers(recipe: Recipe, tokenizer: Tokenizer) -> None:
+    """Checks that the teachers can teach the model; see `slm.train.teacher.check_teacher`."""
+    for path in recipe.distillation.teachers:
+        length, shorter = recipe.batch.context, "--set batch.context={}"
+        check_teacher(Path(path), tokenizer, recipe.model.config(), length, student="the run", shorter=shorter)
+
+
 def _count(documents: Documents, tokenizer: Tokenizer, enough: int) -> int:
     """Returns the number of tokens of a text; stops counting once there are enough."""
     tokens, literal = 0, PieceEncoder(tokenizer)
@@ -286,16 +332,20 @@ def _refer(dataset: Dataset, run: Path) -> None:
     """Writes a reference to a prepared dataset, and saves its tokenizer in the run."""
     with atomic_directory(run / DATA, ()) as directory:
         dataset.tokenizer.save(directory)
-        write_text(directory / DATASET_FILE, refer_to(dataset.path).model_dump_json(indent=2) + "\n")
+        write_text(directory / DATASET_FILE, refer_to(dataset.path, dataset.address).model_dump_json(indent=2) + "\n")
 
 
-def _write_recipe(recipe: Recipe, manifest: DatasetManifest, run: Path) -> None:
-    write_text(run / CONFIG, _with_absolute_paths(recipe.for_tokens(manifest.train.tokens)).to_yaml())
+def _write_recipe(recipe: Recipe, tokens: Tokens, run: Path, launch: str | None) -> None:
+    if launch is not None:
+        write_text(run / LAUNCH, f"{launch}\n")
+    write_text(run / CONFIG, _with_absolute_paths(recipe.for_tokens(positions_of(recipe, tokens))).to_yaml())
 
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
     def absolute(name: str) -> str:
-        return name if is_named(name) else str(Path(name).expanduser().resolve())
+        if is_named(name) or is_remote(name):
+            return name
+        return str(Path(without_file_protocol(name)).expanduser().resolve())
 
     data = recipe.data
     resolved = data.model_copy(
@@ -305,4 +355,6 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
             "tokenizer": data.tokenizer if data.tokenizer in ("gpt2", "bpe") else absolute(data.tokenizer),
         }
     )
-    return recipe.model_copy(update={"data": resolved})
+    teachers = tuple(str(Path(path).expanduser().resolve()) for path in recipe.distillation.teachers)
+    distillation = recipe.distillation.model_copy(update={"teachers": teachers})
+    return recipe.model_copy(update={"data": resolved, "distillation": distillation})

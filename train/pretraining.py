@@ -2,7 +2,8 @@
 
 import math
 import time
-from typing import Protocol
+from collections.abc import Callable
+from typing import Literal, Protocol
 
 import torch
 from typing_extensions import override
@@ -13,7 +14,10 @@ from slm.train.evaluate import Check, Evaluation
 from slm.train.learner import Learner, Update
 from slm.train.loop import Plan, Task, duration
 from slm.train.metrics import Metrics, Row
+from slm.train.sections import WatchdogRecipe
+from slm.train.spikes import Spike, SpikeGuard
 from slm.train.state import Counters
+from slm.train.watchdog import Watchdog
 
 # The speed reported at the start is that of this micro-step: the earlier ones also pay for allocations.
 _TYPICAL_MICRO_STEP = 3
@@ -34,8 +38,17 @@ class Actions(Protocol):
     def keep_best(self, row: Row) -> None:
         """Saves the current weights as the best checkpoint, with their metrics."""
 
-    def save(self, counters: Counters, number: int | None = None) -> None:
-        """Saves the state for resuming, and a checkpoint under a number if one is given."""
+    def save(self, counters: Counters, number: int | None = None, *, rewind_point: bool = False) -> None:
+        """Saves the state for resuming, a checkpoint under a number if one is given, and the state to rewind to if asked."""
+
+    def finish_saving(self) -> None:
+        """Waits until what was saved is on the disk."""
+
+    def rewind_position(self) -> int | None:
+        """Returns the micro-steps of the state to which a spike rewinds; None if there is none."""
+
+    def rewind(self) -> Counters:
+        """Goes back to that state, and returns its position."""
 
     def last_saved(self) -> str:
         """Returns a phrase that names the last checkpoint."""
@@ -58,7 +71,11 @@ class Pretraining(Task):
         counters: Counters,
         metrics: Metrics,
         progress: Progress,
-        tokens_per_micro_step: int,
+        tokens: Callable[[int], int],
+        guard: SpikeGuard | None = None,
+        rewind_every: int = 0,
+        watch: WatchdogRecipe | None = None,
+        processes: int = 1,
     ) -> None:
         """Prepares the task.
 
@@ -69,12 +86,20 @@ class Pretraining(Task):
             counters: The position in the run.
             metrics: The metrics so far.
             progress: Receives progress and notes.
-            tokens_per_micro_step: Tokens in a micro-step, over all processes.
+            tokens: Returns the tokens of the first micro-steps of the run, over all processes.
+            guard: Judges the updates; None if every update is made.
+            rewind_every: Interval between the states to which a spike can rewind, in updates.
+            watch: What counts as slow and as a hang; None watches nothing.
+            processes: Number of processes that train together.
         """
         self.counters = counters
-        self._tokens_per_micro_step = tokens_per_micro_step
+        self._tokens = tokens
         self._plan, self._actions, self._learner = plan, actions, learner
         self._metrics, self._progress = metrics, progress
+        self._guard, self._rewind_every = guard, rewind_every
+        self._rewinds = guard is not None and guard.action == "rewind"
+        self._rewind_point = actions.rewind_position() if self._rewinds else None
+        self.watchdog = None if watch is None else Watchdog(watch, self._warn, processes)
         self.began = time.perf_counter() - counters.elapsed_s
         self._micro_steps_timed = 0
         self._micro_step_ended = 0.0
@@ -102,6 +127,9 @@ class Pretraining(Task):
 
     @override
     def update(self, check: Check) -> None:
+        if self._rewinds and self._updates % self._rewind_every == 0 and self._rewind_point != self.micro_steps:
+            self._save(None, rewind_point=True)
+            self._rewind_point = self.micro_steps
         began = time.perf_counter()
 
         def after_micro_step() -> None:
@@ -110,10 +138,56 @@ class Pretraining(Task):
             check()
 
         update = self._learner.update(self.micro_steps, after_micro_step)
+        if update.spike is not None:
+            self._spiked(update.spike)
+            return
+        self._made()
+        seconds = time.perf_counter() - began
+        tokens = self._tokens(self.micro_steps) - self._tokens(self.micro_steps - self._plan.accumulation)
+        self._record(update, tokens / seconds)
+        if self.watchdog is not None:
+            self.watchdog.updated(tokens, seconds, update.data_s)
+
+    def _warn(self, kind: Literal["slow", "hang"], told: str, numbers: Row) -> None:
+        self._metrics.add(kind, {**self._position(), **numbers})
+        self._progress.note(f"warning: {told}")
+
+    def _made(self) -> None:
+        """Takes an update into account. One that was left out for a spike counts too, as one that overflowed in float16."""
         self._actions.updated()
         self.counters = self.counters.model_copy(update={"micro_steps": self.micro_steps + self._plan.accumulation})
-        tokens = self._plan.accumulation * self._tokens_per_micro_step
-        self._record(update, tokens / (time.perf_counter() - began))
+
+    def _spiked(self, spike: Spike) -> None:
+        """Leaves an update out, or goes back to the state before it, and records that."""
+        guard, at_update = self._guard, self._updates
+        assert guard is not None
+        guard.count(at_update, spike)
+        told = f"spike at update {at_update + 1:,}: {spike.reason}"
+        if not self._rewinds:
+            self._made()
+            self._metrics.add("spike", self._spike_row(spike, at_update))
+            self._progress.note(f"{told}; the update was skipped")
+            return
+        first = self.micro_steps
+        back = self._actions.rewind()
+        guard.restore_statistic(back.spikes)
+        guard.left_out += at_update + 1 - back.micro_steps // self._plan.accumulation
+        self.counters = self.counters.model_copy(update={"micro_steps": back.micro_steps})
+        row = self._spike_row(spike, at_update)
+        guard.rewinds.append(dict(row))
+        # Before the metrics, and not in the background: a run that is killed until then repeats the spike.
+        self._save(None)
+        self._actions.finish_saving()
+        self._metrics.rewind(self._updates, row)
+        self._progress.advance(self.micro_steps - first - self._plan.accumulation)
+        self._progress.note(
+            f"{told}; went back to update {self._updates:,}, and the data of the {at_update + 1 - self._updates:,} updates "
+            "since then is left out"
+        )
+
+    def _spike_row(self, spike: Spike, at_update: int) -> Row:
+        assert self._guard is not None
+        return {**self._position(), "action": self._guard.action, "at_update": at_update + 1, **spike.fields()}
 
     def _record(self, update: Update, speed: float) -> None:
         self._metrics.add(
@@ -156,9 +230,21 @@ class Pretraining(Task):
 
     @override
     def save(self, number: int | None) -> None:
-        scaler = self._learner.scaler.state_dict()
-        now = {"elapsed_s": self.elapsed_s, "scaler": scaler, "logs": self._metrics.logs.run_ids}
-        self._actions.save(self.counters.model_copy(update=now), number)
+        self._save(number)
+
+    def _save(self, number: int | None, *, rewind_point: bool = False) -> None:
+        now: dict[str, object] = {
+            "elapsed_s": self.elapsed_s,
+            "scaler": self._learner.scaler.state_dict(),
+            "logs": self._metrics.logs.run_ids,
+        }
+        if self._guard is not None:
+            now["spikes"] = self._guard.state()
+        self._actions.save(self.counters.model_copy(update=now), number, rewind_point=rewind_point)
+
+    @override
+    def finish_saving(self) -> None:
+        self._actions.finish_saving()
 
     @override
     def last_saved(self) -> str:
@@ -179,7 +265,7 @@ class Pretraining(Task):
         return {
             "micro_steps": self.micro_steps,
             "updates": self._updates,
-            "tokens": self.micro_steps * self._tokens_per_micro_step,
+            "tokens": self._tokens(self.micro_steps),
             "elapsed_s": round(self.elapsed_s, 3),
         }
 
@@ -197,6 +283,6 @@ class Pretraining(Task):
             memory = torch.cuda.max_memory_allocated() / (1 << 20) if cuda else peak_rss_mib()
             rest = seconds * (self._plan.micro_steps - self.micro_steps)
             self._progress.note(
-                f"{seconds:.2f} s a micro-step, {self._tokens_per_micro_step / seconds:,.0f} tokens/s, peak memory "
+                f"{seconds:.2f} s a micro-step, {self._tokens(1) / seconds:,.0f} tokens/s, peak memory "
                 f"{memory:,.0f} MiB; about {duration(rest)} for all of it at this speed"
             )

@@ -6,22 +6,22 @@ from typing import Any
 
 from slm.core.nn import CausalLM
 from slm.core.nn.fake_quant import rounded_in_place, set_active
-from slm.train.average import MovingAverage
+from slm.train.average import WeightAverage
 from slm.train.recipe import Recipe
 
 Batches = Callable[[int], tuple[Any, ...]]
 
 
 class Deployed:
-    """The weights that evaluations and checkpoints use: the moving average if there is one, rounded if the model is on a grid.
+    """The weights that evaluations and checkpoints use: their average if there is one, rounded if the model is on a grid.
 
     Attributes:
-        average: The moving average of the weights; None without one.
+        average: The average of the weights; None without one.
         same: Whether they are the trained weights themselves.
     """
 
-    def __init__(self, model: CausalLM, average: MovingAverage | None, on_grid: bool) -> None:
-        """Takes the model, its moving average, and whether it is on a grid."""
+    def __init__(self, model: CausalLM, average: WeightAverage | None, on_grid: bool) -> None:
+        """Takes the model, the average of its weights, and whether it is on a grid."""
         self.average = average
         self.same = average is None and not on_grid
         self._model = model

@@ -15,6 +15,7 @@ from slm.train.sections import (
     BatchRecipe,
     CheckpointRecipe,
     DataRecipe,
+    DistillationRecipe,
     EvaluationRecipe,
     LogNames,
     MachineRecipe,
@@ -24,6 +25,8 @@ from slm.train.sections import (
     RegularizationRecipe,
     ScheduleRecipe,
     Section,
+    SpikesRecipe,
+    WatchdogRecipe,
 )
 
 
@@ -45,9 +48,12 @@ class Recipe(Section):
     optimizer: OptimizerRecipe = OptimizerRecipe()
     schedule: ScheduleRecipe
     regularization: RegularizationRecipe = RegularizationRecipe()
+    distillation: DistillationRecipe = DistillationRecipe()
     qat: QatRecipe = QatRecipe()
     evaluation: EvaluationRecipe
     checkpoints: CheckpointRecipe = CheckpointRecipe()
+    spikes: SpikesRecipe = SpikesRecipe()
+    watchdog: WatchdogRecipe = WatchdogRecipe()
     machine: MachineRecipe = MachineRecipe()
 
     @model_validator(mode="after")
@@ -59,13 +65,17 @@ class Recipe(Section):
                 raise ValueError(f"{name}.context is {context}, the model's max_position_embeddings {longest}")
         if self.schedule.micro_steps is not None and self.schedule.micro_steps < self.batch.accumulation:
             raise ValueError("schedule.micro_steps is less than batch.accumulation: there would be no update")
+        if self.data.sampler == "best_fit" and self.machine.attention == "flex":
+            raise ValueError(
+                "machine.attention=flex cannot keep the documents of a row apart; leave it out with data.sampler=best_fit"
+            )
         if self.qat.grid is not None:
             for _ in self.qat.grid.schemes(config):  # raises if a product does not fit
                 pass
         return self
 
     def for_tokens(self, tokens: int) -> "Recipe":
-        """Returns the recipe with its length in micro-steps, for a training text of a number of tokens."""
+        """Returns the recipe with its length in micro-steps, for a text whose rows have a number of positions in one pass."""
         epochs = self.schedule.epochs
         if epochs is None:
             return self
@@ -84,6 +94,12 @@ class Recipe(Section):
         """Updates of the whole run."""
         return self.micro_steps // self.batch.accumulation
 
+    def context_at(self, micro_step: int) -> int:
+        """Returns the length of the rows of a micro-step, by its number from 0; see `BatchRecipe.first_context`."""
+        contexts = self.batch.contexts
+        stage = int(micro_step * (len(contexts) - 1) / (self.batch.context_warmup * self.micro_steps))
+        return contexts[min(stage, len(contexts) - 1)]
+
     @property
     def course(self) -> dict[str, Any]:
         """The values that a resumed run must not change, by their names in `--set`: the saved state depends on them."""
@@ -95,6 +111,8 @@ class Recipe(Section):
             "batch.context": batch.context,
             "optimizer.name": self.optimizer.name,
             "optimizer.ema": bool(self.optimizer.ema),
+            "optimizer.tail": self.optimizer.tail,
+            "distillation.teachers": list(self.distillation.teachers),
             "qat.precision": self.qat.precision,
             "qat.start": self.qat.start,
         }
@@ -137,10 +155,20 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         meant = f"did you mean {' or '.join(near)}? " if near else ""
         raise SlmError(f"recipe not found: {name}", f"{meant}{one_of(recipe_names())}, or the path of a .yaml file")
     fields = _FORM.read(text, source)
+    batch = fields.get("batch")
+    size = batch.get("batch_size") if isinstance(batch, dict) else None
     for override in overrides:
         _FORM.override(fields, override)
+    _keep_update(fields, size)
     _keep_one_length(fields, overrides)
     return _FORM.checked(fields, source)
+
+
+def _keep_update(fields: dict[str, Any], size: Any) -> None:
+    """Keeps the file's batch size where an override says "auto": it determines the windows of an update."""
+    batch = fields.get("batch")
+    if isinstance(batch, dict) and batch.get("batch_size") == "auto" and size not in (None, "auto"):
+        batch |= {"batch_size": size, "automatic": True}
 
 
 def _keep_one_length(fields: dict[str, Any], overrides: Sequence[str]) -> None:

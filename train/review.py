@@ -85,14 +85,35 @@ def _ineffective(recipe: Recipe, processes: int) -> list[str]:
     optimizer, schedule = recipe.optimizer, recipe.schedule
     shape = f"with schedule.shape={schedule.shape}"
     without_effect = (
-        ("optimizer.momentum", optimizer.name != "muon", "with optimizer.name=adamw, only with muon"),
+        ("optimizer.momentum", not optimizer.orthogonalizes, "with optimizer.name=adamw, only with muon"),
+        (
+            "optimizer.momentum_warmup",
+            not optimizer.orthogonalizes,
+            "with optimizer.name=adamw, only with muon",
+        ),
+        (
+            "optimizer.momentum_start",
+            not (optimizer.orthogonalizes and optimizer.momentum_warmup),
+            "without optimizer.momentum_warmup, and only with muon",
+        ),
+        ("optimizer.row_beta", optimizer.name != "normuon", "without optimizer.name=normuon"),
         ("optimizer.decay", not optimizer.weight_decay, "with optimizer.weight_decay=0"),
+        ("optimizer.decay_shape", not optimizer.weight_decay, "with optimizer.weight_decay=0"),
+        ("optimizer.cautious", not optimizer.weight_decay, "with optimizer.weight_decay=0"),
+        ("batch.context_warmup", recipe.batch.first_context is None, "without batch.first_context"),
         ("schedule.decay", schedule.shape != "wsd", shape),
         ("schedule.final_learning_rate", schedule.shape == "constant", shape),
         ("schedule.start", not schedule.warmup_micro_steps, "without schedule.warmup_micro_steps"),
+        ("distillation.weight", not recipe.distillation.teachers, "without distillation.teachers"),
         ("qat.start", recipe.qat.grid is None, "with qat.precision=none"),
         ("evaluation.sample_tokens", not recipe.evaluation.prompts, "without evaluation.prompts"),
         ("checkpoints.keep", recipe.checkpoints.every_updates is None, "without checkpoints.every_updates"),
+        *(
+            (f"spikes.{name}", recipe.spikes.action == "none", "with spikes.action=none")
+            for name in ("threshold", "window", "limit")
+        ),
+        ("spikes.every_updates", recipe.spikes.action != "rewind", f"with spikes.action={recipe.spikes.action}"),
+        ("watchdog.slow_share", recipe.watchdog.slow_minutes is None, "without watchdog.slow_minutes"),
         ("machine.parallel", processes == 1, "in one process: torchrun starts several"),
     )
     return [f"{name} has no effect {why}" for name, applies, why in without_effect if applies and _is_set(recipe, name)]

@@ -3,8 +3,10 @@
 RUN/config.yaml data/ checkpoint/{best,last,update-N} trainer/ metrics.jsonl loss.png tensorboard/
 """
 
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,8 +18,20 @@ from slm.core.machine import freed_memory_kept, memory
 from slm.core.processes import peak_rss_mib
 from slm.core.progress import Progress, Silent
 from slm.train.attention import choose_flex
-from slm.train.average import MovingAverage
-from slm.train.build import build_learner, build_model, check_machine, pick_device, with_special_tokens
+from slm.train.batching import fitted, regrouped
+from slm.train.build import (
+    build_average,
+    build_learner,
+    build_model,
+    check_machine,
+    make_guard,
+    packing_of,
+    pick_device,
+    positions_of,
+    restore,
+    tokens_seen,
+    with_special_tokens,
+)
 from slm.train.data.dataset import open_dataset
 from slm.train.evaluate import Check, Evaluation, evaluate
 from slm.train.interrupt import held_back
@@ -27,7 +41,7 @@ from slm.train.logs.logs import Logs, check_packages
 from slm.train.loop import Loop, Plan
 from slm.train.memory import advise, training_bytes
 from slm.train.metrics import Metrics, Row
-from slm.train.parallel import Processes, by_first, joined
+from slm.train.parallel import Processes, by_first, joined, launch_id
 from slm.train.precision import Precision, capability, choose_precision
 from slm.train.prepare import CONFIG, DATA, check_lengths, prepare
 from slm.train.pretraining import Actions, Pretraining
@@ -35,11 +49,11 @@ from slm.train.qat import Deployed, first_rounded_update
 from slm.train.recipe import Recipe, load_recipe
 from slm.train.review import review
 from slm.train.samples import continue_prompts
-from slm.train.state import TRAINER, Counters, SavedState, load_state
+from slm.train.state import REWIND, TRAINER, Counters, SavedState, load_state, rewind_position
 
 _MIB = 1 << 20
 # The values of a run that was saved by a version without these settings.
-_BEFORE_QAT = {"qat.precision": "none", "qat.start": 0.0}
+_WITHOUT = {"qat.precision": "none", "qat.start": 0.0, "optimizer.tail": 0.0, "distillation.teachers": []}
 
 
 @dataclass(frozen=True)
@@ -112,10 +126,12 @@ def train(
         SlmError: When data, tokenizer or directory are not usable, or a loss or gradient is not finite.
     """
     with nullcontext(processes) if processes else joined() as together:
-        check_machine(recipe, pick_device(recipe.machine.device), together)  # before the work begins
-        check_packages(recipe.log)
+        device = pick_device(recipe.machine.device)
         heard = (progress if together.rank == 0 else None) or Silent()
-        by_first(together, lambda: prepare(recipe, out, heard, overwrite=overwrite))
+        recipe = fitted(recipe, device, together, heard.note)
+        check_machine(recipe, device, together)  # before the work begins
+        check_packages(recipe.log)
+        by_first(together, lambda: prepare(recipe, out, heard, overwrite=overwrite, launch=launch_id()))
         return _go(out, together, heard)
 
 
@@ -131,7 +147,7 @@ def resume(out: Path, progress: Progress | None = None, processes: Processes | N
         raise SlmError(f"no run to go on with: {out} has no {CONFIG}", "slm train --data FILE starts one")
     with nullcontext(processes) if processes else joined() as together:
         recipe = load_recipe(out / CONFIG)
-        check_machine(recipe, pick_device(recipe.machine.device), together)
+        check_machine(recipe, pick_device(recipe.machine.device), together, resumed=True)
         check_packages(recipe.log)
         return _go(out, together, (progress if together.rank == 0 else None) or Silent())
 
@@ -149,7 +165,9 @@ class _Run(Actions):
     def __init__(self, path: Path, processes: Processes, progress: Progress) -> None:
         self.path, self.processes, self.progress = path, processes, progress
         self.dataset = open_dataset(path / DATA)
-        self.recipe = recipe = load_recipe(path / CONFIG).for_tokens(len(self.dataset.train.ids))
+        written = load_recipe(path / CONFIG)
+        written = written.for_tokens(positions_of(written, self.dataset.train))
+        self.recipe = recipe = regrouped(written, processes.size)
         check_lengths(recipe, len(self.dataset.train.ids), len(self.dataset.validation.ids))
         self.device = pick_device(recipe.machine.device)
         self.memory = memory_of(self.device)
@@ -162,14 +180,13 @@ class _Run(Actions):
         self.counters = _gone_on(saved, recipe, path).model_copy(update={"precision": self.precision.name})
         flex = choose_flex(recipe, self.config, self.able, self.precision, self.device, progress.note)
         self.model = build_model(recipe, self.config, self.device, saved, processes, flex=flex)
+        self.guard = make_guard(recipe, self.counters)
         self.learner = build_learner(
-            recipe, self.model, self.dataset.train, self.device, self.precision, saved, processes
+            recipe, self.model, self.dataset.train, self.device, self.precision, saved, processes, self.guard
         )
-        average: MovingAverage | None = None
-        if recipe.optimizer.ema:
-            average = MovingAverage(self.model, recipe.optimizer.ema, self._updates_done)
-            if saved is not None:
-                average.load_tensors(saved.average)
+        average = build_average(recipe, self.model, self._updates_done)
+        if average is not None and saved is not None:
+            average.load_tensors(saved.average)
         self.deployed = Deployed(self.model, average, recipe.qat.grid is not None)
         about = {"device": self.device.type, "precision": self.precision.name, "processes": processes.size}
         self.keeper = Keeper(path, recipe, self.dataset, self.model, self.deployed, processes, about)
@@ -178,10 +195,21 @@ class _Run(Actions):
         if first:
             shown = About(path, recipe.model_dump(mode="json"), _board_step)
             logs = Logs(recipe.log, shown, self.counters.logs, progress)
-            self.metrics = Metrics(path, self._updates_done, best=self.keeper.best_measured(), logs=logs)
+            self.metrics = self._metrics(logs)
         processes.from_first(None)
         if not first:
-            self.metrics = Metrics(path, self._updates_done, best=self.keeper.best_measured(), write=False)
+            self.metrics = self._metrics(None)
+
+    def _metrics(self, logs: Logs | None) -> Metrics:
+        """Returns the metrics; without logs, of a process that writes none."""
+        return Metrics(
+            self.path,
+            self._updates_done,
+            best=self.keeper.best_measured(),
+            write=logs is not None,
+            logs=logs,
+            rewinds=self.counters.spikes.rewinds,
+        )
 
     def _choose_precision(self, saved: SavedState | None) -> Precision:
         """Returns the precision: the first process measures, and a resumed run keeps its own."""
@@ -208,14 +236,39 @@ class _Run(Actions):
             patience=recipe.evaluation.patience,
             checkpoint_every=recipe.checkpoints.every_updates,
         )
+        tokens = partial(tokens_seen, recipe, self.dataset.train)
         task = Pretraining(
-            plan, self, self.learner, self.counters, self.metrics, self.progress, recipe.tokens_per_micro_step
+            plan,
+            self,
+            self.learner,
+            self.counters,
+            self.metrics,
+            self.progress,
+            tokens,
+            guard=self.guard,
+            rewind_every=recipe.spikes.every_updates,
+            watch=recipe.watchdog,
+            processes=self.processes.size,
         )
         with held_back() as interruption, self.metrics.logs, freed_memory_kept():
-            loop = Loop(plan, task, interruption, self.processes, self.progress)
-            loop.run()
-            loop.save()
+            loop = Loop(plan, task, interruption, self.processes, self.progress, task.watchdog)
+            with self._written():
+                loop.run()
+                loop.save()
+                loop.finish_saving()
         return self._result(task)
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        """Waits for a save in the background before the run ends with an error: another process may then resume it."""
+        try:
+            yield
+        except BaseException:
+            try:
+                self.keeper.finish()
+            except SlmError as error:
+                self.progress.note(f"warning: {error.message}")
+            raise
 
     @property
     def _accumulation(self) -> int:
@@ -260,9 +313,37 @@ class _Run(Actions):
             self.keeper.save_checkpoint(self.keeper.best, row["micro_steps"], row)
 
     @override
-    def save(self, counters: Counters, number: int | None = None) -> None:
-        measured = self.metrics.evaluations
-        self.keeper.save(counters, self.learner.optimizers, measured[-1] if measured else None, number)
+    def save(self, counters: Counters, number: int | None = None, *, rewind_point: bool = False) -> None:
+        # After a rewind, later evaluations are still listed.
+        measured = [row for row in self.metrics.evaluations if row["micro_steps"] <= counters.micro_steps]
+        last = measured[-1] if measured else None
+        self.keeper.save(counters, self.learner.optimizers, last, number, rewind_point=rewind_point)
+
+    @override
+    def finish_saving(self) -> None:
+        by_first(self.processes, self.keeper.finish)
+
+    @override
+    def rewind_position(self) -> int | None:
+        def position() -> int | None:
+            found = rewind_position(self.path)
+            return None if found is None else _in_micro_steps(found, self.recipe)
+
+        return by_first(self.processes, position)
+
+    @override
+    def rewind(self) -> Counters:
+        self.finish_saving()
+        saved = load_state(self.path, REWIND)
+        if saved is None:
+            raise SlmError(
+                f"the state to rewind to is gone: {self.path / REWIND}", "start a new run with another --out"
+            )
+        counters = _gone_on(saved, self.recipe, self.path)
+        restore(self.model, self.learner, saved)
+        if self.deployed.average is not None:
+            self.deployed.average.load_tensors(saved.average, counters.micro_steps // self._accumulation)
+        return counters
 
     @override
     def last_saved(self) -> str:
@@ -290,9 +371,12 @@ class _Run(Actions):
         together = f", {self.processes.size} processes ({recipe.machine.parallel})" if self.processes.size > 1 else ""
         note(f"device: {_device_name(self.device)}, {self.precision.name}{together}")
         per_update = self._accumulation * recipe.tokens_per_micro_step
-        tokens, stream = recipe.updates * per_update, len(self.dataset.train.ids)
+        train, whole_rows = self.dataset.train, packing_of(recipe, self.dataset.train)
+        tokens, stream = tokens_seen(recipe, train, recipe.updates * self._accumulation), len(train.ids)
+        if whole_rows is not None:
+            note(f"rows: {whole_rows.about}")
         note(
-            f"run: {recipe.updates:,} updates of {per_update:,} tokens, "
+            f"run: {recipe.updates:,} updates of {'' if whole_rows is None else 'up to '}{per_update:,} tokens, "
             f"{tokens:,} in all: {tokens / stream:.1f} times the training text's {stream:,}"
         )
         if recipe.qat.grid is not None:
@@ -301,6 +385,12 @@ class _Run(Actions):
             note(
                 f"quantization-aware training for {grid.precision.upper()}{begins}: layers in {grid.description}; evaluations "
                 "and checkpoints have rounded weights"
+            )
+        uneven = recipe.batch.batch_size % self.processes.size
+        if uneven:
+            note(
+                f"warning: {self.processes.size} processes share micro-steps of {recipe.batch.batch_size} windows unevenly, "
+                "and wait for those with more"
             )
         text_bytes = self.dataset.train.header.text_bytes
         for sentence in review(recipe, tokens / stream, self.processes.size, text_bytes):
@@ -312,7 +402,7 @@ class _Run(Actions):
         best = self.metrics.best
         assert best is not None  # a run has at least one update, and an evaluation after the last one
         micro_steps = task.micro_steps
-        tokens, elapsed_s = micro_steps * self.recipe.tokens_per_micro_step, task.elapsed_s
+        tokens, elapsed_s = tokens_seen(self.recipe, self.dataset.train, micro_steps), task.elapsed_s
         return TrainResult(
             run=self.path,
             checkpoint=self.keeper.best,
@@ -342,15 +432,19 @@ def _gone_on(saved: SavedState | None, recipe: Recipe, run: Path) -> Counters:
         return Counters(micro_steps=0, course=recipe.course | {"batch.accumulation": recipe.batch.accumulation})
     counters = saved.counters
     for name, value in recipe.course.items():
-        before = counters.course.get(name, _BEFORE_QAT.get(name))
+        before = counters.course.get(name, _WITHOUT.get(name))
         if before != value:
             raise SlmError(
                 f"the run was saved with {name} = {before}, and config.yaml says {value}",
                 "put it back, or start a new run with another --out",
             )
-    updates = counters.micro_steps // counters.course["batch.accumulation"]
     course = counters.course | {"batch.accumulation": recipe.batch.accumulation}
-    return counters.model_copy(update={"micro_steps": updates * recipe.batch.accumulation, "course": course})
+    return counters.model_copy(update={"micro_steps": _in_micro_steps(counters, recipe), "course": course})
+
+
+def _in_micro_steps(counters: Counters, recipe: Recipe) -> int:
+    """Returns a saved position in the micro-steps of the recipe."""
+    return counters.micro_steps // int(counters.course["batch.accumulation"]) * recipe.batch.accumulation
 
 
 def _board_step(row: Row) -> int:

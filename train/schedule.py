@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the micro-step."""
+"""The learning rate, and other values that change during a run, as pure functions of the micro-step."""
 
 import math
 from dataclasses import dataclass
@@ -41,6 +41,11 @@ class Schedule:
             begin = max(self.warmup, self.total - max(1, round(self.decay * self.total)))
             return peak + (final - peak) * _share(micro_step, begin, self.total)
         return final + (peak - final) * (1 + math.cos(math.pi * _share(micro_step, self.warmup, self.total))) / 2
+
+
+def ramp(first: float, last: float, begin: int, end: int, micro_step: int) -> float:
+    """Returns the value on a straight line from `first` at micro-step `begin` to `last` at `end`, and constant outside."""
+    return first + (last - first) * _share(micro_step, begin, end)
 
 
 def _share(micro_step: int, begin: int, end: int) -> float:

@@ -1,5 +1,6 @@
 """The sections of a recipe: what each value means, its unit and its default."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -41,7 +42,8 @@ class DataRecipe(Section):
         validation: Validation text: a file or directory. None uses the corpus's own split, or holds out its last documents.
         tokenizer: "gpt2", "bpe" to learn one from the training text, or the path of a `tokenizer.json`.
         sampler: How rows are drawn from the stream of tokens: "random" draws windows anywhere in it; "packed" cuts the stream
-            into rows, differently in every epoch, and reads each once in random order.
+            into rows, differently in every epoch, and reads each once in random order; "best_fit" packs whole documents into
+            rows (arXiv:2404.10830), which do not attend to each other.
         column: Name of the field that holds the text, in rows.
         max_document_bytes: Maximum UTF-8 bytes of a row, and of a document if the tokenizer needs whole documents.
     """
@@ -94,43 +96,108 @@ class BatchRecipe(Section):
     """The size of micro-steps and updates.
 
     Attributes:
-        batch_size: Windows in a micro-step, over all processes.
+        batch_size: Windows in a micro-step, over all processes. "auto" chooses the most that fit into memory, and cuts the
+            update of batch_size x accumulation windows accordingly: `--set batch.batch_size=auto` keeps the recipe's update. In
+            a file, "auto" stands for 1, so that `accumulation` is the windows of an update, and the schedule counts windows.
         context: Tokens in a window.
         accumulation: Micro-steps whose gradients are averaged into one update.
+        first_context: Length of the rows with which training begins (arXiv:2108.06084); the windows of a micro-step are cut
+            into rows of this length, which doubles in equal steps up to `context`. None disables it.
+        context_warmup: Share of the run after which rows have the length `context`.
+        automatic: Whether batch_size is still to be chosen so; a run's config.yaml has the choice.
     """
 
     batch_size: int = Field(gt=0)
     context: int = Field(gt=1)
     accumulation: int = Field(default=1, gt=0)
+    first_context: int | None = Field(default=None, gt=1)
+    context_warmup: float = Field(default=0.3, gt=0, le=1)
+    automatic: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.contexts[-1] != self.context:
+            raise ValueError(
+                f"batch.context of {self.context} is not batch.first_context of {self.first_context} times 2, 4, 8, …"
+            )
+        return self
+
+    @property
+    def contexts(self) -> tuple[int, ...]:
+        """The lengths of rows in the order in which training uses them."""
+        lengths = [self.first_context or self.context]
+        while lengths[-1] < self.context:
+            lengths.append(2 * lengths[-1])
+        return tuple(lengths)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("batch_size") == "auto":
+            return {**values, "batch_size": 1, "automatic": True}
+        return values
 
 
 class OptimizerRecipe(Section):
     """AdamW (arXiv:1711.05101), or Muon (arXiv:2502.16982) for the blocks' matrices and AdamW for the rest.
 
     Attributes:
-        name: "adamw" or "muon".
+        name: "adamw", "muon", or "normuon": Muon whose steps are normalized row by row (arXiv:2510.05491).
         betas: Decay of AdamW's two moments; 0.95 for the second, as language models usually have it.
+        embedding_betas: The same for embedding and head; None uses `betas`. nanochat and modded-nanogpt use shorter memories.
+        norm_betas: The same for the norms; None uses `betas`.
         eps: Term added to the root of the second moment.
         weight_decay: Share of a weight subtracted at every update, times the learning rate.
         decay: Parameters that decay: "matrices", as in GPT-2 and its successors, or "all", as by default in PyTorch.
+        cautious: Whether a weight decays only in updates that move it towards 0 anyway (arXiv:2510.12402).
+        decay_shape: "constant", or "linear": `weight_decay` falls along a straight line to 0 at the end, as in nanochat.
         max_grad_norm: The gradient is scaled down to this norm (arXiv:1211.5063).
         momentum: Decay of Muon's momentum.
+        momentum_start: Decay of Muon's momentum at the first update, if it warms up; modded-nanogpt's value.
+        momentum_warmup: Share of the run in which the momentum rises from `momentum_start` to `momentum`; 0 disables it.
+        row_beta: Decay of the second moment of each row in "normuon".
         matrix_rate: Learning rate of the blocks' matrices, as a multiple of the schedule's.
         embedding_rate: Learning rate of embedding and head, as a multiple of the schedule's.
         ema: Decay per update of a moving average of the weights (arXiv:2407.20323). Evaluations and checkpoints then use the
             average; 0 disables it.
+        tail: Share of the run, at its end, over which evaluations and checkpoints use the mean of the weights after every
+            update (arXiv:1803.05407, arXiv:2306.03241); 0 disables it.
     """
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "muon", "normuon"] = "adamw"
     betas: tuple[Share, Share] = (0.9, 0.95)
+    embedding_betas: tuple[Share, Share] | None = None
+    norm_betas: tuple[Share, Share] | None = None
     eps: float = Field(default=1e-9, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     decay: Literal["matrices", "all"] = "matrices"
+    cautious: bool = False
+    decay_shape: Literal["constant", "linear"] = "constant"
     max_grad_norm: float = Field(default=1.0, gt=0)
     momentum: Share = 0.95
+    momentum_start: Share = 0.85
+    momentum_warmup: Share = 0.0
+    row_beta: Share = 0.95
     matrix_rate: float = Field(default=1.0, gt=0)
     embedding_rate: float = Field(default=1.0, gt=0)
     ema: Share = 0.0
+    tail: Share = 0.0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.ema and self.tail:
+            raise ValueError("optimizer.ema and optimizer.tail are two averages of the weights; set one of them to 0")
+        return self
+
+    @property
+    def orthogonalizes(self) -> bool:
+        """Whether Muon or a variant of it moves the blocks' matrices."""
+        return self.name != "adamw"
+
+    @property
+    def averages(self) -> bool:
+        """Whether evaluations and checkpoints use an average of the weights."""
+        return bool(self.ema or self.tail)
 
 
 class ScheduleRecipe(Section):
@@ -171,6 +238,23 @@ class RegularizationRecipe(Section):
     """
 
     dropout: Share = 0.0
+
+
+class DistillationRecipe(Section):
+    """Distillation (arXiv:1503.02531): trained models whose mean prediction is a part of the targets.
+
+    Attributes:
+        teachers: Checkpoints with the tokenizer of the run; none disables distillation.
+        weight: Share of the teachers in the targets; the rest is the token of the text.
+    """
+
+    teachers: tuple[str, ...] = ()
+    weight: float = Field(default=0.5, gt=0, le=1)
+
+    @field_validator("teachers", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return _several(value)
 
 
 class QatRecipe(Section):
@@ -216,10 +300,54 @@ class CheckpointRecipe(Section):
     Attributes:
         every_updates: Interval at which the run is saved with a numbered checkpoint; None disables them.
         keep: Number of numbered checkpoints to keep, the newest ones.
+        asynchronous: Whether a thread writes the files while training goes on, from a copy of weights and moments in main
+            memory.
     """
 
     every_updates: int | None = Field(default=None, gt=0)
     keep: int = Field(default=3, gt=0)
+    asynchronous: bool = False
+
+
+class SpikesRecipe(Section):
+    """Loss spikes; see `slm.train.spikes`.
+
+    Attributes:
+        action: "skip" leaves an update out that spikes; "rewind" goes back to the last multiple of `every_updates`, and leaves
+            the data after it out, up to the spike; "none" makes every update with a finite loss.
+        threshold: Standard deviations of the noise above the median, of the loss or of the gradient norm's logarithm.
+        window: Updates in the median; the first quarter of them is not judged.
+        every_updates: Interval between the saves to which "rewind" goes back.
+        limit: The most spikes within 1,000 updates; one more stops the run.
+    """
+
+    action: Literal["none", "skip", "rewind"] = "none"
+    threshold: float = Field(default=8.0, gt=0)
+    window: int = Field(default=128, ge=8)
+    every_updates: int = Field(default=100, gt=0)
+    limit: int = Field(default=10, gt=0)
+
+
+class WatchdogRecipe(Section):
+    """Warnings about a run that becomes slow or stops; see `slm.train.watchdog`.
+
+    Attributes:
+        slow_share: The run is slow below this share of its own median tokens per second.
+        slow_minutes: How long it is slow before a warning; None disables the warning.
+        hang_minutes: How long no micro-step, evaluation batch or save ends before a warning; None disables it.
+        abort: Whether a process that hangs prints the stacks of its threads and ends, so that torchrun restarts it.
+    """
+
+    slow_share: float = Field(default=0.5, gt=0, lt=1)
+    slow_minutes: float | None = Field(default=10.0, gt=0)
+    hang_minutes: float | None = Field(default=15.0, gt=0)
+    abort: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.abort and self.hang_minutes is None:
+            raise ValueError("watchdog.abort needs watchdog.hang_minutes")
+        return self
 
 
 class MachineRecipe(Section):

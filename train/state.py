@@ -23,8 +23,11 @@ from slm.core.config import first_mistake
 from slm.core.errors import SlmError
 from slm.core.files import atomic_directory, check_readable, read_json, recover
 from slm.core.weights import WEIGHTS_FILE
+from slm.train.spikes import SpikeState
 
 TRAINER = "trainer"
+# The state to which a spike rewinds: the files of an earlier `trainer/`.
+REWIND = "rewind"
 POSITION_FILE = "state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 _AVERAGE_FILE = "average.safetensors"
@@ -57,12 +60,14 @@ class Counters(Position):
     Attributes:
         micro_steps: Micro-steps done, of the batch that `course` names.
         precision: Name of the precision; None in a state that an older version saved.
+        spikes: What is remembered about loss spikes.
     """
 
     model_config = ConfigDict(frozen=True)
 
     micro_steps: int = Field(ge=0, le=MOST)
     precision: str | None = None
+    spikes: SpikeState = SpikeState()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -89,6 +94,7 @@ class SavedState:
     average: dict[str, Tensor]
 
 
+_TRAINING_FILES = frozenset((WEIGHTS_FILE, OPTIMIZER_FILE, POSITION_FILE, _AVERAGE_FILE))
 AnyPosition = TypeVar("AnyPosition", bound=Position)
 Files = Mapping[str, Mapping[str, Tensor] | Path]
 
@@ -109,15 +115,25 @@ def write_state(run: Path, position: Position, files: Files, may_hold: frozenset
                 whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
                 safetensors.torch.save_file(whole, directory / name)
                 continue
-            try:
-                os.link(tensors, directory / name)
-            except OSError:  # a file system without links
-                shutil.copyfile(tensors, directory / name)
+            _link(tensors, directory / name)
         (directory / POSITION_FILE).write_text(position.model_dump_json(indent=2) + "\n", encoding="utf-8", newline="")
 
 
+def _link(file: Path, target: Path) -> None:
+    try:
+        os.link(file, target)
+    except OSError:  # a file system without links
+        shutil.copyfile(file, target)
+
+
 def read_state(
-    run: Path, kind: type[AnyPosition], files: Sequence[str], *, optional: Sequence[str] = (), hint: str = _NEW_RUN
+    run: Path,
+    kind: type[AnyPosition],
+    files: Sequence[str],
+    *,
+    optional: Sequence[str] = (),
+    hint: str = _NEW_RUN,
+    where: str = TRAINER,
 ) -> tuple[AnyPosition, dict[str, dict[str, Tensor]]] | None:
     """Reads `run/trainer`. Returns the position and the tensors by file name, or None where nothing was saved.
 
@@ -127,11 +143,12 @@ def read_state(
         files: Names of the files of tensors.
         optional: Names of files that may be absent; their tensors are then empty.
         hint: What to do about a damaged state.
+        where: The directory in the run.
 
     Raises:
         SlmError: When the state is damaged.
     """
-    directory = run / TRAINER
+    directory = run / where
     recover(directory)
     if not directory.is_dir():
         return None
@@ -174,16 +191,37 @@ def save_state(
     files: dict[str, Mapping[str, Tensor] | Path] = {OPTIMIZER_FILE: optimizer, WEIGHTS_FILE: weights}
     if average is not None:
         files[_AVERAGE_FILE] = average
-    write_state(run, counters, files, frozenset((WEIGHTS_FILE, OPTIMIZER_FILE, POSITION_FILE, _AVERAGE_FILE)))
+    write_state(run, counters, files, _TRAINING_FILES)
 
 
-def load_state(run: Path) -> SavedState | None:
-    """Returns the saved state of a run of `slm train`; None where a run was killed before it saved anything.
+def keep_rewind_point(run: Path) -> None:
+    """Keeps the saved state as the one to which a spike rewinds. Its files are linked: a later save replaces them."""
+    with atomic_directory(run / REWIND, _TRAINING_FILES) as directory:
+        for file in sorted((run / TRAINER).iterdir()):
+            _link(file, directory / file.name)
+
+
+def rewind_position(run: Path) -> Counters | None:
+    """Returns the position to which a spike rewinds; None where there is none.
 
     Raises:
         SlmError: When it is damaged.
     """
-    found = read_state(run, Counters, (WEIGHTS_FILE, OPTIMIZER_FILE), optional=(_AVERAGE_FILE,))
+    found = read_state(run, Counters, (), where=REWIND)
+    return None if found is None else found[0]
+
+
+def load_state(run: Path, where: str = TRAINER) -> SavedState | None:
+    """Returns a saved state of a run of `slm train`; None where a run was killed before it saved anything.
+
+    Args:
+        run: The directory of the run.
+        where: `TRAINER` or `REWIND`.
+
+    Raises:
+        SlmError: When it is damaged.
+    """
+    found = read_state(run, Counters, (WEIGHTS_FILE, OPTIMIZER_FILE), optional=(_AVERAGE_FILE,), where=where)
     if found is None:
         return None
     counters, tensors = found

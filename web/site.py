@@ -27,6 +27,7 @@ from slm.version import __version__
 from slm.web.engine_plan import NotSupported, engine_plan, large_note, slow_note
 from slm.web.npm import HOME, packages, vendored
 from slm.web.turns import page_turns
+from slm.web.vocabulary import TABLES_FILE, tokenizer_tables
 
 SITE_FILE = "site.json"
 WORKER_FILE = "sw.js"
@@ -49,6 +50,7 @@ _ENGINE = (
         "generate.js",
         "sampling.js",
         "text.js",
+        "vocabulary.js",
         "chat.js",
         "calls.js",
     ),
@@ -195,7 +197,12 @@ def local_site(bundle: Bundle, name: str) -> Site:
     turns = page_turns(tokenizer, bundle.stop_token_ids, _info(bundle))
     rendered = turns is not None and turns["template"] is not None
     needed |= set(_JINJA) if rendered else set()
-    model = {f"{MODEL}/{file}": bundle.path / file for file in _needed(bundle) if not engine or file != manifest.model}
+    model: dict[str, Content] = {
+        f"{MODEL}/{file}": bundle.path / file for file in _needed(bundle) if not engine or file != manifest.model
+    }
+    if (tables := tokenizer_tables(tokenizer)) is not None:
+        model |= {f"{MODEL}/{TABLES_FILE}": tables}
+        del model[f"{MODEL}/{TOKENIZER_FILE}"]
     contents: dict[str, Content] = {
         **_page(_SHELL + _ENGINE + (_MODULES if engine else ()) + (_TEMPLATES if rendered else ())),
         **{f"{VENDOR}/{file}": path for file, path in vendored(sorted(needed)).items()},
@@ -216,6 +223,7 @@ def local_site(bundle: Bundle, name: str) -> Site:
             "files": sorted(model),
             "device": manifest.device,
             "precision": manifest.precision,
+            "float16": any(layer.dtype == "float16" for layer in manifest.cache),
             "parameters": manifest.parameters,
             "stop_token_ids": list(bundle.stop_token_ids),
             "chat": turns is not None,

@@ -76,6 +76,7 @@ def compare(runs: tuple[str, ...], axis: "Axis", out: Path | None, as_json: bool
         axis,
         " or ".join(units),
         _SOFTWARE,
+        spikes=[run.spikes for run in found],
     )
     notes, values = cautions(found), differing(found)
     if as_json:
@@ -140,6 +141,8 @@ def _figures(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
         "updates": [_number(run["updates"], ",") for run in runs],
         "time": [_number(run["seconds"], ",.1f", " s") for run in runs],
         "tokens/s": [_number(run["tokens_s"], ",.0f") for run in runs],
+        "loss spikes": [_value(run["spikes"]) for run in runs],
+        "slow or hung": [_number(run["slow_or_hung"], ",", " times") for run in runs],
         "trained parameters": [_number(run["parameters"], ",") for run in runs],
         "seed": [_number(run["seed"], "") for run in runs],
         "slm": [_value(run["slm_version"]) for run in runs],

@@ -62,7 +62,7 @@ def find_files(path: Path) -> list[Path]:
         )
     if path.is_dir():
         return _below(path)
-    if not _is_read(path):
+    if not is_text(path):
         raise SlmError(f"unknown kind of file: {path}", ACCEPTED)
     check_regular(path)
     return [path]
@@ -82,9 +82,15 @@ def check_regular(path: Path) -> None:
         raise SlmError(f"not a regular file: {path}", "write its contents to a file first")
 
 
-def _is_read(file: Path) -> bool:
+def is_text(file: Path) -> bool:
+    """Returns whether the name of a file is that of text that slm reads."""
     what = kind(file)
     return what in (TEXT, *JSON, *TABLES) or (what == PARQUET and not compression(file))
+
+
+def is_found(file: Path) -> bool:
+    """Returns whether a file of this name is read below a directory, without being named."""
+    return is_text(file) and kind(file) in _IN_DIRECTORIES
 
 
 def _check_exists(path: Path) -> None:
@@ -126,7 +132,7 @@ def _below(directory: Path) -> list[Path]:
             )
         for name in files:
             file = Path(name)
-            if name.startswith(".") or not _is_read(file):
+            if name.startswith(".") or not is_text(file):
                 continue
             path = f"{root.rstrip(os.sep)}{os.sep}{name}"
             if kind(file) not in _IN_DIRECTORIES:

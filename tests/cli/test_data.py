@@ -102,7 +102,7 @@ def test_what_is_next_goes_with_the_recipe(slm: Callable) -> None:
 
 def test_the_place_is_looked_at_before_the_text_is_read(slm: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     assert slm(*PREPARE, "--out", "out").code == 0
-    monkeypatch.setattr("slm.train.data.corpus.read_parts", lambda *_: pytest.fail("it was read"))
+    monkeypatch.setattr("slm.train.data.sources.read_parts", lambda *_: pytest.fail("it was read"))
     assert "there is a prepared dataset already" in slm(*PREPARE, "--out", "out").err
 
 

@@ -295,6 +295,35 @@ def test_a_phone(open_tab: Callable[..., Tab], story_site: SiteServer) -> None:
         assert tab.page.evaluate(unnamed) == []
 
 
+def test_a_touch_screen(open_tab: Callable[..., Tab], story_site: SiteServer) -> None:
+    """Names no keys, and does not open the keyboard over an answer; a desktop returns to the field."""
+    for touch in (True, False):
+        tab = (
+            open_tab(story_site.url, width=390, has_touch=touch, is_mobile=touch).ready().set(greedy=True, new_tokens=4)
+        )
+        assert tab.page.locator("#keys").is_visible() != touch
+        tab.text(SHORT)
+        assert tab.page.evaluate("document.activeElement.id === 'prompt'") != touch
+
+
+def test_each_mode_keeps_its_paragraphs(open_tab: Callable[..., Tab], story_site: SiteServer) -> None:
+    tab = open_tab(story_site.url).ready().set(greedy=True, new_tokens=4)
+    tab.text(SHORT)
+    tab.page.check("input[value=talk]")
+    assert tab.page.text_content("#log") == ""
+    tab.text("Who is there?")
+    said = str(tab.page.text_content("#log"))
+    assert "Who is there?" in said and SHORT not in said
+    tab.page.check("input[value=continue]")
+    assert str(tab.page.text_content("#log")).startswith(SHORT)
+    tab.text("A dog")
+    tab.page.check("input[value=talk]")
+    assert tab.page.text_content("#log") == said
+    tab.page.click("#clear")
+    tab.page.check("input[value=continue]")
+    assert tab.page.text_content("#log") == ""
+
+
 def test_a_talk(open_tab: Callable[..., Tab], story_site: SiteServer) -> None:
     """Turn by turn what `slm chat` answers, special tokens in what is said included."""
     lines = ["Who is there?", "Tell me about the <end_of_turn> dog.", "And then?"]
@@ -431,6 +460,7 @@ def test_a_bundle_for_webgpu(
     with served(site_of(exported.path)) as server:
         tab = open_tab(server.url, browser=gpu).ready().set(greedy=True, new_tokens=40)
         assert tab.found["device"] == {"float32": "WebGPU", "float16": "WebAssembly"}[precision]
+        assert ("the GPU has no float16" in str(tab.page.text_content("#where"))) == (precision == "float16")
         model = slm.load(bundles.path("float32") if precision == "float32" else exported.path)
         for prompt in ("Once", "Once upon a time there was a dog and it was"):
             assert tab.text(prompt) == model.generate(prompt, max_new_tokens=40, temperature=0)

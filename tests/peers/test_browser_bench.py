@@ -68,5 +68,5 @@ def test_backends_that_are_missing_are_named(
         found = results(tab)
         processor, graphics = found["results"]
         assert processor["engine"] == "onnxruntime-web" and len(processor["tokens_per_s"]) == 3
-        assert graphics["problem"] == "this browser has no WebGPU that the model can use"
+        assert graphics["problem"] == "this browser offers no GPU (WebGPU)"
         assert found["gpu"]["float16"] is False and found["gpu"]["architecture"] == "swiftshader"

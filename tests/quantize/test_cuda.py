@@ -24,7 +24,7 @@ from slm.quantize.page import figures
 from slm.quantize.plain import plain_bundle
 from slm.quantize.results import Report
 from slm.quantize.rounding import restored
-from slm.quantize.settings import Gate, Settings
+from slm.quantize.settings import Gate, Prefer, Settings
 from slm.quantize.sweep import run_sweep
 from slm.quantize.texts import TokenRows
 from slm.runtime.decoder import OnnxDecoder
@@ -157,14 +157,23 @@ def test_what_was_quantized_and_what_is_for_browsers_is_refused(
     with pytest.raises(SlmError, match="is already int4"):
         make(made["int4"][0], Path("out"))
     webgpu = export_bundle(shared_checkpoint, Path("webgpu"), ExportOptions(device="webgpu"))
-    with pytest.raises(SlmError, match="is for WebGPU, which supports INT8 only"):
-        make(webgpu, Path("out"), precision="int4")
+    with pytest.raises(SlmError, match="is for WebGPU, which does not support --head-bits 4"):
+        make(webgpu, Path("out"), precision="int4", head_bits=4)
     with pytest.raises(SlmError, match="is for WebGPU, which does not support --int8-dynamic"):
         make(webgpu, Path("out"), dynamic=True)
     text = random_text(source, 5)
     with pytest.raises(SlmError, match="a sweep measures speed on the CPU"):
         run_sweep(source, Path("sweep"), text, {"int8": text, "int4": text}, Silent())
     assert not Path("out").exists() and not Path("sweep").exists()
+
+
+@pytest.mark.parametrize("prefer", ["auto", "size"])
+def test_int4_for_webgpu_keeps_tables_at_8_bits(shared_checkpoint: Path, prefer: Prefer) -> None:
+    webgpu = export_bundle(shared_checkpoint, Path("webgpu"), ExportOptions(device="webgpu"))
+    bundle, _ = make(webgpu, Path("q"), precision="int4", prefer=prefer)
+    assert bundle.manifest.quantization is not None and bundle.manifest.precision == "int4"
+    bits = {path: scheme.bits for path, scheme in bundle.manifest.quantization.schemes.items()}
+    assert bits.pop("model.embed_tokens") == 8 and 4 in bits.values()
 
 
 def test_speed_leaves_caches_in_float16(source: Bundle) -> None:

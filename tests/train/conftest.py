@@ -28,6 +28,19 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "evaluation": {"prompts": ["Once upon a time"], "sample_tokens": 5},
         "checkpoints": {"every_updates": 2, "keep": 2},
     },
+    # Whole documents, shorter rows at first, schedules of momentum and decay, and the mean of the last four of six updates.
+    "sparing": {
+        "data": {"sampler": "best_fit"},
+        "batch": {"first_context": 6, "context_warmup": 0.7},
+        "optimizer": {
+            "name": "normuon",
+            "cautious": True,
+            "decay_shape": "linear",
+            "embedding_betas": [0.8, 0.95],
+            "momentum_warmup": 0.7,
+            "tail": 0.6,
+        },
+    },
     "float16": {"machine": {"precision": "float16"}},
     # Rounding begins at the fourth of six updates.
     "rounded": {"qat": {"precision": "int4", "start": 0.5}, "optimizer": {"ema": 0.9}},

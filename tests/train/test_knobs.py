@@ -125,6 +125,14 @@ LEARNED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "betas": (("optimizer.betas=[0.9, 0.99]",), ()),
     "epsilon": (("optimizer.eps=1e-3",), ()),
     "weight decay": (("optimizer.weight_decay=0.01",), ()),
+    "cautious": (("optimizer.cautious=true",), ()),
+    "shape of the decay": (("optimizer.decay_shape=linear",), ()),
+    "normuon": (("optimizer.name=normuon",), (MUON,)),
+    "row beta": (("optimizer.row_beta=0.5",), ("optimizer.name=normuon",)),
+    "momentum warm-up": (("optimizer.momentum_warmup=0.5",), (MUON,)),
+    "momentum start": (("optimizer.momentum_start=0.5",), (MUON, "optimizer.momentum_warmup=0.5")),
+    "betas of the embedding": (("optimizer.embedding_betas=[0.8, 0.95]",), ()),
+    "betas of the norms": (("optimizer.norm_betas=[0.8, 0.95]",), ()),
     "what is decayed": (("optimizer.decay=all",), ()),
     "clipping": (("optimizer.max_grad_norm=0.1",), ()),
     "peak": (("schedule.learning_rate=2e-3",), ()),
@@ -139,6 +147,9 @@ LEARNED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "batch": (("batch.batch_size=2",), ()),
     "accumulation": (("batch.accumulation=3",), ()),
     "context": (("batch.context=48",), ()),
+    "shorter rows at first": (("batch.first_context=12",), ()),
+    "their end": (("batch.context_warmup=0.8",), ("batch.first_context=12",)),
+    "whole documents": (("data.sampler=best_fit",), ()),
     "packed": (("data.sampler=packed",), ()),
     "dropout": (("regularization.dropout=0.1",), ()),
     "bfloat16": (("machine.precision=bfloat16",), ()),
@@ -148,7 +159,10 @@ LEARNED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 # Trade time for memory, and change nothing but rounding.
 SAME = ("machine.gradient_checkpointing=true", "machine.loss_chunk=5")
 # Values with a test of their own below.
-ELSEWHERE = {"model.preset", "optimizer.ema", "evaluation.context"}
+ELSEWHERE = {
+    *("model.preset", "optimizer.ema", "optimizer.tail", "evaluation.context"),
+    *("distillation.teachers", "distillation.weight"),
+}
 
 
 def shape(*overrides: str) -> ModelConfig:
@@ -381,15 +395,23 @@ def test_dropout_acts_while_training_alone(tokenizer: Tokenizer) -> None:
 
 
 def test_the_average_and_the_measured_context(story_file: Path) -> None:
-    """Both change what is measured, the average what is kept as well, and neither what trains."""
-    runs = {"plain": (), "average": ("optimizer.ema=0.9",), "longer": ("evaluation.context=48",)}
+    """They change what is measured, averages what is kept as well, and none of them what trains."""
+    runs = {
+        "plain": (),
+        "average": ("optimizer.ema=0.9",),
+        "tail": ("optimizer.tail=0.5",),
+        "longer": ("evaluation.context=48",),
+    }
     rows, kept = {}, {}
     for name, overrides in runs.items():
         train(load_recipe("tiny", [*SHORT, f"data.train={story_file}", *overrides]), Path(name))
         found = [json.loads(line) for line in (Path(name) / "metrics.jsonl").read_text().splitlines()]
         rows[name] = {kind: [row["loss"] for row in found if row["type"] == kind] for kind in ("train", "eval")}
         kept[name] = (Path(name) / "checkpoint/last/model.safetensors").read_bytes()
-    assert rows["plain"]["train"] == rows["average"]["train"] == rows["longer"]["train"]
+    assert all(row["train"] == rows["plain"]["train"] for row in rows.values())
+    assert rows["tail"]["eval"][:2] == rows["plain"]["eval"][:2]  # the tail begins in the middle
+    assert rows["tail"]["eval"][2] not in (rows["plain"]["eval"][2], rows["average"]["eval"][2])
+    assert kept["tail"] not in (kept["plain"], kept["average"])
     assert rows["plain"]["eval"][0] == rows["average"]["eval"][0]  # nothing to average yet
     assert rows["plain"]["eval"][1:] != rows["average"]["eval"][1:]
     assert rows["plain"]["eval"] != rows["longer"]["eval"]

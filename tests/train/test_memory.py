@@ -73,7 +73,7 @@ def kept_at_most(recipe: Recipe, precision: Precision) -> int:
     return total
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "normuon"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "two-tables"])
 def test_weights_gradients_and_moments_to_the_byte(optimizer: str, tied: bool) -> None:
     chosen = recipe(f"optimizer.name={optimizer}", f"model.tie_word_embeddings={str(tied).lower()}")
@@ -88,8 +88,45 @@ def test_weights_gradients_and_moments_to_the_byte(optimizer: str, tied: bool) -
     assert estimate.gradients == size(p.grad for p in model.parameters() if p.grad is not None)
     state = optimizers.state_tensors(model)
     assert estimate.moments == size(tensor for name, tensor in state.items() if not name.endswith("/step"))
-    assert training_bytes(recipe("optimizer.ema=0.9"), config, FLOAT32).average == estimate.weights
+    for average in ("optimizer.ema=0.9", "optimizer.tail=0.1"):
+        assert training_bytes(recipe(average), config, FLOAT32).average == estimate.weights
     assert estimate.average == 0
+
+
+def test_a_cautious_update_has_a_copy_of_the_weights_while_activations_are_free() -> None:
+    config = recipe().model.config()
+    plain, cautious = (training_bytes(recipe(*more), config, FLOAT32) for more in ((), ("optimizer.cautious=true",)))
+    assert (plain.update, cautious.update) == (0, plain.weights)
+    assert plain.total == cautious.total  # at this batch activations are larger
+    least = ("batch.batch_size=1", "batch.context=2", "machine.loss_chunk=1")
+    few, fewer = (training_bytes(recipe(*least, *more), config, FLOAT32) for more in ((), ("optimizer.cautious=true",)))
+    assert few.activations + few.loss < few.weights
+    assert fewer.total - few.total == few.weights - few.activations - few.loss
+
+
+def test_rows_of_documents_keep_masks() -> None:
+    chosen = recipe("data.sampler=best_fit")
+    model, config = build(chosen), chosen.model.config()
+    ids = torch.arange(chosen.tokens_per_micro_step).remainder(config.vocab_size).view(-1, chosen.batch.context)
+    segments = torch.arange(chosen.batch.context).div(30, rounding_mode="floor").expand_as(ids)
+    measured = kept(model, lambda: model.model(ids, segments=segments), FLOAT32)
+    measured += ids.numel() * config.hidden_size * 4  # the gradient that the loss makes in the forward pass
+    estimate = training_bytes(chosen, config, FLOAT32).activations
+    assert estimate == pytest.approx(measured, rel=ACTIVATIONS_TOLERANCE)
+
+
+def test_shorter_rows_count_where_they_need_more_memory() -> None:
+    """Rows of up to 128 tokens keep all their scores on a CPU, longer ones do not."""
+    config = recipe("batch.context=512").model.config()
+    long, short, both = (
+        training_bytes(recipe(*overrides), config, FLOAT32).activations
+        for overrides in (
+            ("batch.context=512",),
+            ("batch.context=128", "batch.batch_size=16"),
+            ("batch.context=512", "batch.first_context=128"),
+        )
+    )
+    assert both == max(long, short) != min(long, short)
 
 
 def test_muon_has_one_moment_where_adamw_has_two() -> None:

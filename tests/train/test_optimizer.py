@@ -245,6 +245,97 @@ def test_a_step_of_muon_is_as_large_as_one_of_adamw(model: CausalLM) -> None:
         assert 0.1 < size < 0.3, name
 
 
+def normuon_reference(weight: Tensor, gradients: list[Tensor], *, row_beta: float = 0.95, rows: bool = True) -> Tensor:
+    """Returns the weight after a step with each gradient, as algorithm 1 of arXiv:2510.05491 has it."""
+    velocity, moment = torch.zeros_like(weight), torch.zeros(len(weight), 1)
+    for gradient in gradients:
+        velocity = 0.9 * velocity + 0.1 * gradient
+        ahead = orthogonal(0.9 * velocity + 0.1 * gradient)
+        moment = row_beta * moment + (1 - row_beta) * (ahead**2).mean(1, keepdim=True)
+        ahead = ahead / (moment.sqrt() + 1e-7) if rows else ahead
+        size = 0.2 * (weight.shape[0] * weight.shape[1]) ** 0.5 / ahead.norm()
+        weight = weight * (1 - RATE * 0.1) - RATE * size * ahead
+    return weight
+
+
+# Orthogonalized rows of a wide matrix are of nearly equal size already; only a tall one shows the moment's decay.
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [*((name, other) for name in SOME for other in ({}, {"rows": False})), (SOME[0], {"row_beta": 0.2})],
+)
+def test_normuons_steps_are_those_of_a_plain_reference(model: CausalLM, name: str, other: dict[str, Any]) -> None:
+    optimizers = make_optimizers(model, settings(name="normuon"))
+    assert of_optimizer(model, optimizers.members[0]) == MATRICES
+    start, seen = model.get_parameter(name).detach().clone(), []
+    for seed in range(3):
+        gradients(model, seed)
+        rows = torch.arange(1, len(start) + 1)[:, None] * (seed + 1)  # rows of sizes that change
+        model.get_parameter(name).grad.mul_(rows.sin())
+        seen.append(model.get_parameter(name).grad.clone())
+        optimizers.set_learning_rate(RATE)
+        optimizers.step()
+    moved = model.get_parameter(name).detach() - start
+    difference = ((normuon_reference(start, seen, **other) - start - moved).norm() / moved.norm()).item()
+    assert difference < MUON_TOLERANCE if not other else difference > 2 * MUON_TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "normuon"])
+def test_a_cautious_weight_decays_where_the_step_moves_it_towards_zero(model: CausalLM, name: Any) -> None:
+    """The step itself is that without decay; a step of 0 lets a weight decay."""
+    start, after = weights(model), {}
+    for decay in (0.0, 5.0):
+        model.load_state_dict(start, strict=False)
+        optimizers = make_optimizers(model, settings(name=name, weight_decay=decay, cautious=True))
+        for seed in (11, 12):  # the seed of the weights would draw them again
+            before = weights(model)
+            gradients(model, seed)
+            model.model.embed_tokens.weight.grad[:3] = 0
+            optimizers.set_learning_rate(RATE)
+            optimizers.step()
+            if decay and seed == 11:
+                for key, parameter in model.named_parameters():
+                    step = before[key] - after[0.0, key]
+                    towards = (step * before[key] >= 0) & (parameter.dim() > 1)
+                    wanted = after[0.0, key] - RATE * decay * before[key] * towards
+                    torch.testing.assert_close(parameter.detach(), wanted, rtol=0, atol=ADAMW_TOLERANCE)
+                    if parameter.dim() > 1:
+                        assert 0.3 < towards.float().mean() < 0.7 or "embed" in key
+                assert model.model.embed_tokens.weight[:3].norm() < 0.95 * start[EMBEDDING][:3].norm()
+            elif seed == 11:
+                after |= {(decay, key): tensor for key, tensor in weights(model).items()}
+
+
+@pytest.mark.parametrize("cautious", [False, True])
+def test_the_decay_follows_its_share(model: CausalLM, cautious: bool) -> None:
+    optimizers = make_optimizers(model, settings(name="muon", cautious=cautious, weight_decay=0.4))
+    before = weights(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizers.set_learning_rate(RATE)
+    optimizers.set_decay(0.25)
+    optimizers.step()
+    for key, after in weights(model).items():
+        share = 1 - RATE * 0.4 * 0.25 * (after.dim() > 1)
+        torch.testing.assert_close(after, before[key] * share, rtol=ADAMW_TOLERANCE, atol=0)
+
+
+def test_betas_of_each_kind_of_parameter(model: CausalLM) -> None:
+    chosen = settings(embedding_betas=(0.8, 0.9), norm_betas=(0.7, 0.99))
+    for name, of_matrix in (("muon", None), ("adamw", (0.9, 0.95))):
+        optimizers = make_optimizers(model, chosen.model_copy(update={"name": name}))
+        betas = {parameter: group.get("betas") for group in optimizers.groups for parameter in group["params"]}
+        assert betas[model.model.embed_tokens.weight] == (0.8, 0.9)
+        assert betas[model.model.layers[1].input_layernorm.weight] == (0.7, 0.99)
+        assert betas[model.model.layers[1].mlp.up_proj.weight] == of_matrix
+
+
+def test_momentum_is_set_for_the_matrices(model: CausalLM) -> None:
+    for name in ("muon", "normuon"):
+        optimizers = make_optimizers(model, settings(name=name))
+        optimizers.set_momentum(0.5)
+        assert [group["momentum"] for group in optimizers.groups if "momentum" in group] == [0.5]
+
+
 def test_what_is_no_matrix_of_a_block_steps_with_adamw(model: CausalLM) -> None:
     """The moments without bias are the gradient itself after one step: its sign is the step."""
     before = weights(model)
@@ -255,7 +346,7 @@ def test_what_is_no_matrix_of_a_block_steps_with_adamw(model: CausalLM) -> None:
         torch.testing.assert_close(model.get_parameter(name).detach(), wanted, rtol=0, atol=ADAMW_TOLERANCE)
 
 
-@pytest.fixture(params=["adamw", "muon"])
+@pytest.fixture(params=["adamw", "muon", "normuon"])
 def name(request: pytest.FixtureRequest) -> Any:
     return request.param
 
@@ -279,10 +370,12 @@ def test_the_state_is_named_by_parameter_and_comes_back_bit_by_bit(
     models[1].load_state_dict(models[0].state_dict())
     saved = {key: tensor.clone() for key, tensor in one.state_tensors(models[0]).items()}
     adamws = {"step", "exp_avg", "exp_avg_sq"}
+    muons = {"momentum_buffer"}
+    of_matrices = {"adamw": adamws, "muon": muons, "normuon": muons | {"row_moment"}}
     assert saved.keys() == {
         f"{key}/{moment}"
         for key, _ in models[0].named_parameters()
-        for moment in ({"momentum_buffer"} if name == "muon" and key in MATRICES else adamws)
+        for moment in (of_matrices[name] if key in MATRICES else adamws)
     }
     other.load_state_tensors(models[1], saved)
     for (key, tensor), (_, again) in zip(saved.items(), other.state_tensors(models[1]).items(), strict=True):

@@ -65,6 +65,12 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "checkpointing-tied": {"machine": {"gradient_checkpointing": True, "loss_chunk": 7}},
     "rounded-tied": {"qat": {"precision": "int8"}},
     "rounded-untied": {"qat": {"precision": "int4"}, "model": {"tie_word_embeddings": False}},
+    # Rows with different numbers of targets, in micro-steps and processes; weights that decay outside of the optimizer.
+    "documents-tied": {
+        "data": {"sampler": "best_fit"},
+        "batch": {"first_context": 12},
+        "optimizer": {"cautious": True, "weight_decay": 1.0},
+    },
     "bfloat16-tied": {"machine": {"precision": "bfloat16"}},
 }
 # What two processes do beyond one, four do too; one variant has the plain path, the other one everything else in float32.
@@ -101,9 +107,9 @@ def measure(recipe: Recipe, data: Path, processes: Processes, broken: str | None
         gradients = ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
         measured.update({f"{what}/{name}": tensor.clone() for name, tensor in collect(gradients).items()})
 
-    inputs, targets = learner._batch(0)
+    arguments = learner._batch(0)
     with processes.micro_step(objective, last=broken != "average"), learner._autocast():
-        objective(inputs, targets).backward()
+        objective(*arguments).backward()
     keep("micro-step")
     if broken is not None:
         return measured

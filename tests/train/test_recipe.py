@@ -157,10 +157,19 @@ def test_another_depth_brings_its_layer_types() -> None:
         ("model.preset=giant", "no preset is called 'giant'", "tiny"),
         ("model.head_dim=63", "head_dim", None),
         ("seed=-1", "seed", None),
-        ("data.sampler=shuffled", r"data.sampler: .*'random' or 'packed'", None),
-        ("optimizer.name=lion", r"optimizer.name: .*'adamw' or 'muon'", None),
+        ("data.sampler=shuffled", r"data.sampler: .*'random', 'packed' or 'best_fit'", None),
+        ("optimizer.name=lion", r"optimizer.name: .*'adamw', 'muon' or 'normuon'", None),
         ("optimizer.momentum=1", r"optimizer.momentum: .*less than 1", None),
         ("optimizer.ema=1", r"optimizer.ema: .*less than 1", None),
+        ("optimizer.tail=1", r"optimizer.tail: .*less than 1", None),
+        ("optimizer.row_beta=1", r"optimizer.row_beta: .*less than 1", None),
+        ("optimizer.embedding_betas=[0.9]", r"optimizer.embedding_betas", None),
+        ("optimizer.decay_shape=cosine", r"optimizer.decay_shape: .*'constant' or 'linear'", None),
+        ("optimizer.momentum_warmup=1", r"optimizer.momentum_warmup: .*less than 1", None),
+        ("batch.first_context=48", "batch.context of 128 is not batch.first_context of 48 times 2, 4, 8", None),
+        ("batch.first_context=256", "batch.context of 128 is not batch.first_context of 256 times 2, 4, 8", None),
+        ("batch.context_warmup=0", r"batch.context_warmup: .*greater than 0", None),
+        ("distillation.weight=0", r"distillation.weight: .*greater than 0", None),
         ("optimizer.matrix_rate=0", r"optimizer.matrix_rate: .*greater than 0", None),
         ("schedule.shape=linear", r"schedule.shape: .*'cosine', 'wsd' or 'constant'", None),
         ("schedule.decay=1.5", r"schedule.decay: .*less than or equal to 1", None),
@@ -229,3 +238,26 @@ def test_recipes_are_frozen() -> None:
 def test_a_number_of_layers_that_is_none(value: str) -> None:
     with pytest.raises(SlmError, match="num_hidden_layers"):
         load_recipe("tiny", [f"model.num_hidden_layers={value}"]).model.config()
+
+
+def test_two_averages_are_refused() -> None:
+    with pytest.raises(SlmError, match="two averages of the weights; set one of them to 0"):
+        load_recipe("tiny", ["optimizer.ema=0.9", "optimizer.tail=0.1"])
+
+
+def test_flex_attention_is_refused_for_rows_of_documents() -> None:
+    with pytest.raises(SlmError, match="cannot keep the documents of a row apart"):
+        load_recipe("tiny", ["data.sampler=best_fit", "machine.attention=flex"])
+    load_recipe("tiny", ["data.sampler=packed", "machine.attention=flex"])
+
+
+def test_rows_grow_in_equal_steps() -> None:
+    recipe = load_recipe("tiny", ["batch.first_context=32", "batch.context_warmup=0.5", "schedule.micro_steps=12"])
+    lengths = [recipe.context_at(step) for step in range(12)]
+    assert lengths == [32] * 3 + [64] * 3 + [128] * 6
+    assert recipe.batch.contexts == (32, 64, 128)
+    assert {load_recipe("tiny").context_at(step) for step in (0, 100, 559)} == {128}
+
+
+def test_one_teacher_needs_no_list() -> None:
+    assert load_recipe("tiny", ["distillation.teachers=runs/a"]).distillation.teachers == ("runs/a",)

@@ -51,6 +51,15 @@ def test_a_contradiction_is_named(override: str, said: str) -> None:
         (["schedule.shape=constant", "schedule.decay=0.5", "schedule.final_learning_rate=1e-3"], "final_learning_rate"),
         (["schedule.warmup_micro_steps=0", "schedule.start=0.5"], "schedule.start has no effect without"),
         (["optimizer.weight_decay=0", "optimizer.decay=all"], "optimizer.decay has no effect with"),
+        (["optimizer.weight_decay=0", "optimizer.cautious=true"], "optimizer.cautious has no effect with"),
+        (["optimizer.weight_decay=0", "optimizer.decay_shape=linear"], "optimizer.decay_shape has no effect with"),
+        (
+            ["optimizer.name=adamw", "optimizer.momentum_warmup=0.2"],
+            "optimizer.momentum_warmup has no effect with optimizer.name=adamw",
+        ),
+        (["optimizer.momentum_start=0.5"], "optimizer.momentum_start has no effect without"),
+        (["optimizer.row_beta=0.5"], "optimizer.row_beta has no effect without optimizer.name=normuon"),
+        (["batch.context_warmup=0.5"], "batch.context_warmup has no effect without batch.first_context"),
     ],
 )
 def test_what_has_no_effect_is_named(overrides: list[str], said: str) -> None:
@@ -67,6 +76,9 @@ def test_what_has_no_effect_is_named(overrides: list[str], said: str) -> None:
         (["machine.parallel=fsdp"], 2),
         (["schedule.start=0.5"], 1),
         (["optimizer.decay=all"], 1),
+        (["optimizer.cautious=true", "optimizer.decay_shape=linear"], 1),
+        (["optimizer.name=normuon", "optimizer.row_beta=0.5"], 1),
+        (["optimizer.name=muon", "optimizer.momentum_start=0.5", "optimizer.momentum_warmup=0.2"], 1),
         (["batch.accumulation=99"], 1),
     ],
 )

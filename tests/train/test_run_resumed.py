@@ -34,7 +34,7 @@ def leftovers(directory: Path) -> list[Path]:
 
 
 # Micro-step 5 is the first of an update, 8 the last before an evaluation, 1 before anything was saved.
-@pytest.mark.parametrize("variant", ["plain", "everything", "float16", "rounded"])
+@pytest.mark.parametrize("variant", ["plain", "everything", "sparing", "float16", "rounded"])
 def test_a_run_cut_in_two_is_the_run_in_one_piece(
     small_recipe: MakeRecipe, variant: str, stopper: Any, fingerprint: Fingerprint
 ) -> None:
@@ -92,8 +92,14 @@ def miscount(file: Path, micro_steps: str) -> None:
         ("everything", nudge, "average.safetensors", "layers.1.mlp.up_proj.weight"),
         ("everything", nudge, "model.safetensors", "layers.1.mlp.up_proj.weight"),
         ("everything", miscount, "state.json", "4"),
+        ("sparing", nudge, "optimizer.safetensors", "layers.1.mlp.up_proj.weight/row_moment"),
+        ("sparing", nudge, "average.safetensors", "layers.1.mlp.up_proj.weight"),
+        ("sparing", miscount, "state.json", "4"),
     ],
-    ids=["first-moment", "second-moment", "counter", "momentum", "embedding", "average", "weights", "counter-of-all"],
+    ids=[
+        *("first-moment", "second-moment", "counter", "momentum", "embedding", "average", "weights", "counter-of-all"),
+        *("row-moment", "tail", "counter-of-the-sparing"),
+    ],
 )
 def test_what_is_saved_is_what_the_run_goes_on_from(
     small_recipe: MakeRecipe, variant: str, alter: Callable[[Path, str], None], file: str, what: str, stopper: Any
@@ -238,7 +244,7 @@ def test_resuming_what_is_no_run_or_damaged(small_recipe: MakeRecipe, finished: 
         resume(OUT)
     train(small_recipe(optimizer={"ema": 0.9}), Path("averaged"))
     Path("averaged/trainer/average.safetensors").unlink()
-    with pytest.raises(SlmError, match="the saved moving average lacks"):
+    with pytest.raises(SlmError, match="the saved average of the weights lacks"):
         resume(Path("averaged"))
     tokens = OUT / "data/train.bin"
     tokens.write_bytes(tokens.read_bytes()[:-1])

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slm.train.build import schedule_of
+from slm.train.build import decay_of, momentum_of, schedule_of
 from slm.train.recipe import load_recipe
-from slm.train.schedule import Schedule, Shape
+from slm.train.schedule import Schedule, Shape, ramp
 
 # Of the peak: sums and cosines of float64.
 ROUNDING = 1e-12
@@ -132,3 +132,20 @@ def test_there_is_no_jump_at_the_seams(schedule: dict[str, Any]) -> None:
     )
     fall = 1.5708 * (peak - final) / length
     assert max(abs(later - earlier) for earlier, later in pairwise(rates)) <= max(rise, fall) * (1 + 1e-9)
+
+
+def test_a_ramp_is_a_straight_line_between_its_ends() -> None:
+    assert [ramp(0.5, 0.9, 2, 6, step) for step in (0, 2, 3, 4, 6, 9)] == pytest.approx([0.5, 0.5, 0.6, 0.7, 0.9, 0.9])
+    assert ramp(1.0, 0.0, 0, 8, 8) == 0.0
+
+
+def test_schedules_of_momentum_and_decay_reach_the_optimizers() -> None:
+    """Momentum begins at its first value in the first update; the decay is 0 in the last one."""
+    overrides = ["optimizer.name=muon", "optimizer.momentum_start=0.5", "optimizer.momentum_warmup=0.4"]
+    overrides += ["optimizer.decay_shape=linear", "batch.accumulation=2", "schedule.micro_steps=20"]
+    momentum, decay = momentum_of(load_recipe("tiny", overrides)), decay_of(load_recipe("tiny", overrides))
+    assert momentum is not None and decay is not None
+    assert [momentum(done) for done in (2, 6, 10, 20)] == pytest.approx([0.5, 0.725, 0.95, 0.95])
+    assert [decay(done) for done in (2, 10, 20)] == pytest.approx([0.9, 0.5, 0.0])
+    assert momentum_of(load_recipe("tiny")) is None
+    assert decay_of(load_recipe("tiny")) is None

@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 
 from slm.core.errors import SlmError
-from slm.train.parallel import joined
+from slm.train.parallel import Alone, check_even, joined, share_of
 from slm.train.recipe import Recipe
+from slm.train.run import train
 from tests.forks import Forks, Started
+from tests.progress import Stopper
 from tests.waiting import wait_for
 
 SECONDS = 250
@@ -84,7 +86,7 @@ MISTAKES = (
 )
 # Runs each of some commands in two processes, with the variables that torchrun sets, and prints their exit codes.
 IN_TWO = """
-import socket
+import socket, torch
 {}
 for number, arguments in enumerate(json.loads(sys.argv[1])):
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -93,8 +95,10 @@ for number, arguments in enumerate(json.loads(sys.argv[1])):
     for rank in "01":
         if not (child := os.fork()):
             os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os.dup2(os.open(f"said-{number}-{rank}", os.O_WRONLY | os.O_CREAT), 2)
-            main(arguments)
+            torch.set_num_threads(1)  # as torchrun does
+            sys.exit(main(arguments))
         children.append(child)
     print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children], flush=True)
 """
@@ -180,7 +184,8 @@ def train(*arguments):
 
 configure = run.config_from_args
 run.config_from_args = lambda args: (configure(args)[0], train, args.training_script_args)
-run.main(["--standalone", "--nproc-per-node", "2", "--start-method", "fork", "-m", "slm", *sys.argv[1:]])
+options, arguments = sys.argv[1].split(), sys.argv[2:]
+run.main(["--standalone", "--nproc-per-node", "2", *options, "--start-method", "fork", "-m", "slm", *arguments])
 """
 
 
@@ -206,7 +211,7 @@ class Endless:
 def endless(recipe_file: Path, trainers: Forks) -> Iterator[Endless]:
     """A run that goes on until it is stopped, past its first updates."""
     lengths = ("--set", "schedule.micro_steps=100000", "--set", "evaluation.every_micro_steps=100000")
-    started = trainers.start(TORCHRUN, "--recipe", str(recipe_file), "--out", "run", *lengths)
+    started = trainers.start(TORCHRUN, "", "--recipe", str(recipe_file), "--out", "run", *lengths)
     run = Endless(started)
     yield run
     if not started.ended:
@@ -241,3 +246,130 @@ def test_a_process_that_is_killed_takes_the_others_with_it(endless: Endless) -> 
     ended = endless.end()
     assert ended.code != 0
     assert [line for line in ended.err if line.startswith("error")] == ["error: another of the processes is gone"]
+
+
+def left_by(run: Path) -> dict[str, Any]:
+    """Returns what a run leaves but times, and what depends on how often it was started."""
+    weights = {str(file): file.read_bytes() for file in sorted(run.glob("**/*.safetensors"))}
+    times = ("elapsed_s", "tokens_s")
+    return {name.removeprefix(str(run)): content for name, content in weights.items()} | {
+        "rows": [{key: value for key, value in row.items() if key not in times} for row in rows_of(run)]
+    }
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    """Returns the metrics of a run."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("out", [["--out", "runs/named"], []], ids=["named", "chosen"])
+def test_torchrun_restarts_from_the_last_save_what_a_killed_process_ended(
+    recipe_file: Path, trainers: Forks, in_two: InTwo, out: list[str]
+) -> None:
+    """And the run ends as one that nobody killed."""
+    changes = (
+        "schedule.micro_steps=24",
+        "checkpoints.every_updates=2",
+        "checkpoints.asynchronous=true",
+        "optimizer.ema=0.9",
+    )
+    command = ["--recipe", str(recipe_file), *(f"--set={change}" for change in changes)]
+    Path("runs/small").mkdir(parents=True)  # the restart must not choose another name once more
+    run = Path(out[1] if out else "runs/small-2")
+    started = trainers.start(SLOWLY + TORCHRUN, "--max-restarts 1", *command, *out)
+    wait_for(lambda: any(run.glob("checkpoint/update-*")))
+    first = int(Path("pid-1").read_text())
+    os.kill(first, signal.SIGKILL)
+    ended = started.wait(SECONDS)
+    assert ended.returncode == 0, ended.stderr
+    assert int(Path("pid-1").read_text()) != first
+    assert f"Resuming {run}, which this call of torchrun began." in ended.stderr
+    going_on = re.search(r"going on after (\d+) micro-steps", ended.stderr)
+    assert going_on is not None and 4 <= int(going_on[1]) < 24
+    assert sorted(path.name for path in Path("runs").iterdir()) == sorted({"small", run.name})
+    ((codes, said),) = in_two([["train", *command, "--out", "uncut"]])
+    assert codes == "[0, 0]", said
+    assert left_by(run) == left_by(Path("uncut"))
+
+
+# Leaves time to kill a process.
+SLOWLY = """
+import time
+from slm.train.learner import Learner
+update = Learner.update
+Learner.update = lambda *arguments: (time.sleep(0.1), update(*arguments))[1]
+"""
+
+
+# Sums in another order; see test_parallel.py.
+LOSS_TOLERANCE = 1e-5
+
+
+@pytest.mark.parametrize("count", [3, pytest.param(5, marks=pytest.mark.slow)])
+def test_another_number_of_processes_continues_with_as_many_tokens(
+    small_recipe: Callable[..., Recipe], whole_run: Path, trainers: Forks, count: int
+) -> None:
+    """As torchrun does where --nnodes is a range. Three processes share four windows as 2, 1 and 1; five take eight windows."""
+    with pytest.raises(KeyboardInterrupt):
+        train(small_recipe(), Path("run"), Stopper(6))
+    script = IN_TWO.replace("{}", "").replace('"WORLD_SIZE": "2"', f'"WORLD_SIZE": "{count}"')
+    script = script.replace('in "01"', f"in {''.join(map(str, range(count)))!r}")
+    ended = trainers.start(script, json.dumps([["train", "--resume", "--out", "run"]])).wait(SECONDS)
+    said = Path("said-0-0").read_text(encoding="utf-8")
+    assert ended.stdout.splitlines() == [str([0] * count)], said
+    assert "unevenly" in said
+    found, alone = (
+        {row["updates"]: row for row in rows_of(run) if row["type"] == "train"} for run in (Path("run"), whole_run)
+    )
+    assert [(update, row["tokens"]) for update, row in found.items()] == [(n, n * 2 * 4 * 24) for n in range(1, 7)]
+    for update, row in alone.items() if count == 3 else ():  # the same windows
+        for figure in ("loss", "grad_norm"):
+            assert found[update][figure] == pytest.approx(row[figure], rel=LOSS_TOLERANCE)
+
+
+def test_a_new_run_must_share_its_windows_evenly() -> None:
+    """The control: only a run that is there has no choice."""
+
+    class Three(Alone):
+        rank, size = 0, 3
+
+    with pytest.raises(SlmError, match="3 processes cannot share batches of 4 windows evenly"):
+        check_even(4, Three())
+    assert [share_of(4, _Ranked(rank, 3)) for rank in range(3)] == [slice(0, 2), slice(2, 3), slice(3, 4)]
+
+
+class _Ranked(Alone):
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+
+# Both processes see damaged targets in the 17th update.
+DAMAGE = """
+from slm.train import build
+batch = build._batch
+def damaged(recipe, tokens, mine, rank, device, micro_step, length):
+    inputs, targets = batch(recipe, tokens, mine, rank, device, micro_step, length)
+    return (inputs, targets * 0 + 5) if micro_step in (32, 33) else (inputs, targets)
+build._batch = damaged
+"""
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_all_processes_rewind_together(recipe_file: Path, in_two: InTwo, parallel: str) -> None:
+    changes = (
+        "schedule.micro_steps=40",
+        "schedule.learning_rate=0.01",
+        "evaluation.every_micro_steps=20",
+        "spikes.action=rewind",
+        "spikes.window=8",
+        "spikes.every_updates=5",
+        "optimizer.ema=0.9",
+        f"machine.parallel={parallel}",
+    )
+    command = ["train", "--recipe", str(recipe_file), *(f"--set={change}" for change in changes), "--out", "run"]
+    ((codes, said),) = in_two([command], DAMAGE)
+    assert codes == "[0, 0]", said
+    assert said.count("went back to update 15") == 1
+    rows = rows_of(Path("run"))
+    assert [row["at_update"] for row in rows if row["type"] == "spike"] == [17]
+    assert [row["updates"] for row in rows if row["type"] == "train"] == [*range(1, 21)]

@@ -28,7 +28,7 @@ def test_the_json_and_the_rows(in_node: Node) -> None:
     const found = report(given.site, given.where, given.results, new Date(Date.UTC(2026, 0, 2, 3, 4, 5, 678)));
     console.log(JSON.stringify({ found, rows: found.results.map(cells) }));
     """
-    missing = {"runtime": "webgpu", "problem": "this browser has no WebGPU that the model can use"}
+    missing = {"runtime": "webgpu", "problem": "this browser offers no GPU (WebGPU)"}
     engine = {**RAN, "runtime": "engine", "loaded": {"threads": 1}}
     engine["run"] = {**RAN["run"], "ttftMs": [], "tokensPerSecond": []}  # it was stopped
     answer = in_node(program, {"site": SITE, "where": WHERE, "results": [RAN, missing, engine]})

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from slm.core.tokenizer import SPECIAL_TOKENS, Tokenizer
 from slm.runtime import shipped
 from slm.runtime.sampling import Sampling
 from tests.core.chat_templates import chat_tokenizer
+from tests.web.page_text import TEXT, save_for_page
 
 Node = Callable[..., Any]
 
@@ -56,7 +56,7 @@ def sentencepiece() -> Tokenizer:
 def any_tokenizer(request: pytest.FixtureRequest, tokenizer: Tokenizer, vendor: None) -> Tokenizer:
     made = {"shipped": lambda: Tokenizer.load(shipped.model_path()), "bytes": lambda: tokenizer}
     found = made.get(request.param, sentencepiece)()
-    found.save(Path())
+    save_for_page(found)
     return found
 
 
@@ -69,13 +69,6 @@ def texts() -> list[str]:
             parts.insert(int(rng.integers(len(parts))), str(rng.choice(SPECIAL_TOKENS)))
         drawn.append("".join(parts))
     return [*AWKWARD, *drawn]
-
-
-TEXT = """
-import { Text, TextStream } from "page/text.js";
-const json = (name) => JSON.parse(fs.readFileSync(name, "utf8"));
-const text = new Text(json("tokenizer.json"), json("tokenizer_config.json"));
-"""
 
 
 def test_the_same_ids(in_node: Node, any_tokenizer: Tokenizer) -> None:
@@ -158,7 +151,7 @@ def test_what_people_write_forms_no_control_token(in_node: Node, kind: str, vend
         "merged": {"kind": "merges", "controls": ("<start_of_turn>", "<end_of_turn>", "<|endoftext|>", "STOP")},
     }
     tokenizer = chat_tokenizer(CHAT_TEMPLATE, **ways[kind])
-    tokenizer.save(Path())
+    save_for_page(tokenizer)
     stops = [token] if (token := tokenizer.token_id("STOP")) is not None else []
     conversations: list[list[Message]] = [[{"role": "user", "content": each}] for each in HOSTILE]
     program = """
@@ -272,7 +265,7 @@ async function run(tokens, ids, newTokens, stopAt = Infinity, context = 500) {
 
 
 def test_how_a_text_ends(in_node: Node, tokenizer: Tokenizer, vendor: None) -> None:
-    tokenizer.save(Path())
+    save_for_page(tokenizer)
     story = tokenizer.encode_literal("a b c d e f g h")
     prompt = tokenizer.encode("x")
     program = """

@@ -28,6 +28,7 @@ from slm.web.mount import mount
 from slm.web.npm import HOME
 from slm.web.server import SiteServer
 from slm.web.site import HEADERS, POLICY, Site, content_type, local_site, server_site
+from slm.web.vocabulary import TABLES_FILE, tokenizer_tables
 
 STATIC = HOME / "static"
 
@@ -41,7 +42,9 @@ def test_every_file_is_told_with_its_hash(shipped_site: Site) -> None:
         assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}, name
     sealed = Bundle.open(shipped.model_path()).manifest.files
     for name in told["model"]["files"]:
-        if not name.endswith("manifest.json"):
+        if name == f"model/{TABLES_FILE}":
+            assert shipped_site.read(name) == tokenizer_tables(Tokenizer.load(shipped.model_path()))
+        elif not name.endswith("manifest.json"):
             assert told["files"][name]["sha256"] == sealed[name.removeprefix("model/")].sha256
     assert {"engine/simd.wasm", "vendor/tokenizers.LICENSE", "licences.txt"} <= set(told["files"])
     # The page's own engine runs this bundle: it reads neither the graph nor onnxruntime-web.
@@ -248,7 +251,7 @@ def test_headers_and_types(server: SiteServer) -> None:
         status, headers, content = asked(server, f"/{name}")
         assert status == 200 and content == server.site.read(name)
         assert headers["content-type"] == content_type(name)
-        assert "octet" not in headers["content-type"] or name.startswith("model/onnx/")
+        assert "octet" not in headers["content-type"] or name.startswith(("model/onnx/", f"model/{TABLES_FILE}"))
         for header, value in HEADERS.items():
             assert headers[header.lower()] == value
     status, headers, content = asked(server, "/?a=b")

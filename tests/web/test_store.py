@@ -121,25 +121,6 @@ def test_the_place_of_a_file_is_the_callers(run: Callable[[str], Any]) -> None:
     assert found["wrong"]["message"] == "the place for large has another size"
 
 
-def test_contents_that_are_used_at_once(run: Callable[[str], Any]) -> None:
-    """Only after the check of their hash."""
-    found = run("""
-    const seen = [];
-    const use = (name, content) => (seen.push(name), name === "small" ? new TextDecoder().decode(content) : content);
-    const { contents: got } = await fetchAll(files, undefined, undefined, { use });
-    await removeAll();
-    server.sends = { ...contents, small: new TextEncoder().encode("smoll") };
-    const refused = await failure(fetchAll({ small: files.small }, undefined, undefined, { use }));
-    print({ small: got.small, large: digest(got.large) === files.large.sha256, seen, refused: refused.message });
-    """)
-    assert found == {
-        "small": "small",
-        "large": True,
-        "seen": ["large", "small"],
-        "refused": "small was altered (SHA-256 differs)",
-    }
-
-
 def test_an_interrupted_download_continues(run: Callable[[str], Any]) -> None:
     found = run("""
     [server.cutAfter, server.cuts] = [3 << 20, 3];

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from tests.core.chat_templates import ALTERING, TEMPLATES, chat_tokenizer
 from tests.core.test_tool_prompts import TALK
 from tests.core.test_tool_prompts import TOOLS as LIGHTS
 from tests.core.tool_chat_templates import LOWERED, NATIVE, tool_tokenizer
+from tests.web.page_text import TEXT, save_for_page
 
 Node = Callable[..., Any]
 Conversation = tuple[Sequence[Message], Sequence[Tool]]
@@ -83,12 +83,11 @@ CONVERSATIONS: list[Conversation] = [
     (TRIP[1:2], ()),
 ]
 
-PROGRAM = """
+PROGRAM = (
+    TEXT
+    + """
 import { fromOpenai, startTurns } from "page/chat.js";
 import { declared } from "page/tools.js";
-import { Text } from "page/text.js";
-const json = (name) => JSON.parse(fs.readFileSync(name, "utf8"));
-const text = new Text(json("tokenizer.json"), json("tokenizer_config.json"));
 const { turns } = given;
 const { turns: made, noChat, noTools } = await startTurns(text, turns, given.stops);
 const found = given.conversations.map(({ messages, tools }) => {
@@ -102,6 +101,7 @@ const found = given.conversations.map(({ messages, tools }) => {
 });
 console.log(JSON.stringify({ found, noChat, noTools }));
 """
+)
 
 
 def theirs(
@@ -111,7 +111,7 @@ def theirs(
     stops: Sequence[int] = (),
 ) -> Any:
     """Returns the page's ids of prompts, or its problem, and why it offers no chat and no tools."""
-    tokenizer.save(Path())
+    save_for_page(tokenizer)
     turns = page_turns(tokenizer, stops, {})
     assert turns is not None
     given = [
@@ -186,7 +186,7 @@ def test_the_same_ids_or_a_problem(in_node: Node, vendor: None, name: str) -> No
 def test_no_chat_with_another_template_or_other_tokens(in_node: Node, vendor: None) -> None:
     """The negative control of the check of prompts: the page offers what gives the ids of `slm chat`, and nothing else."""
     tokenizer = tool_tokenizer(NATIVE["qwen"])
-    tokenizer.save(Path())
+    save_for_page(tokenizer)
     turns = page_turns(tokenizer, (), {})
     assert turns is not None
     calling = json.loads(json.dumps(turns))
@@ -195,11 +195,10 @@ def test_no_chat_with_another_template_or_other_tokens(in_node: Node, vendor: No
     unknown = turns | {"template": turns["template"] + "{{ messages | groupby('role') }}"}
     broken = turns | {"template": turns["template"] + "{% if %}"}
     without = turns | {"prompts_with_tools": None}
-    program = """
+    program = (
+        TEXT
+        + """
     import { startTurns } from "page/chat.js";
-    import { Text } from "page/text.js";
-    const json = (name) => JSON.parse(fs.readFileSync(name, "utf8"));
-    const text = new Text(json("tokenizer.json"), json("tokenizer_config.json"));
     const found = [];
     for (const each of given) {
       const { turns, noChat, noTools } = await startTurns(text, each, []);
@@ -207,6 +206,7 @@ def test_no_chat_with_another_template_or_other_tokens(in_node: Node, vendor: No
     }
     console.log(JSON.stringify(found));
     """
+    )
     found = in_node(program, [turns, calling, plain, unknown, broken, without, None])
     unlike = "the page renders the model's chat template differently from slm chat"
     assert found[0] == [True, "", ""]

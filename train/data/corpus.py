@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -10,10 +10,13 @@ from typing import Literal
 
 from slm.core import sample
 from slm.core.errors import SlmError
-from slm.core.text.documents import TEXT_COLUMN, Beginning, first_documents, read_parts, text_files
+from slm.core.text.documents import TEXT_COLUMN, Beginning, first_documents, text_files
 from slm.core.text.streams import DOCUMENT_BYTES
 from slm.train.data.dataset import Source
 from slm.train.data.huggingface import HubDataset
+from slm.train.data.remote.locations import is_remote, without_file_protocol
+from slm.train.data.remote.text import remote_files
+from slm.train.data.sources import FileRange, LocalFile, TextSource
 
 SAMPLE = "sample"
 TINYSTORIES = "tinystories"
@@ -69,6 +72,8 @@ class Corpus:
         counts: Number of training and of validation documents, if known.
         fingerprint: Values that change with the text, as far as they are known before reading it.
         limit: Maximum bytes of a document that comes whole.
+        column: Name of the field that holds the text, in rows.
+        files: The files of the training and of the validation documents; None if they are not whole documents of files.
     """
 
     train: Documents
@@ -80,16 +85,39 @@ class Corpus:
     counts: tuple[int | None, int | None] = (None, None)
     fingerprint: tuple[object, ...] = ()
     limit: int = DOCUMENT_BYTES
+    column: str = TEXT_COLUMN
+    files: tuple[tuple[FileRange, ...], tuple[FileRange, ...]] | None = None
 
 
-def open_corpus(train: Sequence[str], validation: str | None, reading: Reading | None = None) -> Corpus:
+# Yields, for each file, the bytes and the characters of every document in it.
+Scan = Callable[[Sequence[TextSource], Reading], Iterator[Iterable[tuple[int, int]]]]
+
+
+def scan(files: Sequence[TextSource], reading: Reading) -> Iterator[Iterable[tuple[int, int]]]:
+    """Yields, for each file, the bytes and the characters of every document in it; reads the files one after the other."""
+    return (_sizes(file, reading) for file in files)
+
+
+def _sizes(file: TextSource, reading: Reading) -> Iterator[tuple[int, int]]:
+    size = characters = 0
+    for part in file.parts(reading.column, reading.limit):
+        size, characters = size + len(part.encode()), characters + len(part)
+        if not isinstance(part, Beginning):
+            yield size, characters
+            size = characters = 0
+
+
+def open_corpus(
+    train: Sequence[str], validation: str | None, reading: Reading | None = None, scan: Scan = scan
+) -> Corpus:
     """Opens a corpus, and reads all of its files once to check them.
 
     Args:
-        train: Paths of files or directories, or one name: "sample", "tinystories", or "hf:OWNER/NAME".
+        train: Paths or addresses of files or directories, or one name: "sample", "tinystories", or "hf:OWNER/NAME".
         validation: Path of a file or directory. None uses the validation split of a named corpus; for files it holds out the
             last documents, and for a Hugging Face dataset without such a split one document in a hundred, by its hash.
         reading: How rows and Hugging Face datasets are read.
+        scan: Reads the files once.
 
     Raises:
         SlmError: When a source cannot be read or holds no text.
@@ -102,57 +130,64 @@ def open_corpus(train: Sequence[str], validation: str | None, reading: Reading |
             f"for a file of that name write --data ./{named[0]}",
         )
     if not named:
-        return _from_files(_all_files(train), validation, reading)
+        return _from_files(_all_files(train), validation, reading, scan)
     corpus = _sample() if named[0] == SAMPLE else _from_hub(named[0], reading)
     if validation is None:
         return corpus
-    return _measured_on(corpus, _Files(_all_files([validation]), "validation", reading))
+    return _measured_on(corpus, _Files(_all_files([validation]), "validation", reading, scan))
 
 
 def is_named(name: str) -> bool:
     """Returns whether a value of `--data` names a corpus and not a path."""
-    return name in NAMED or name.startswith(HUB_PREFIX)
+    return name in NAMED or (name.startswith(HUB_PREFIX) and not is_remote(name))
 
 
-def _all_files(paths: Sequence[str]) -> list[Path]:
-    return text_files(map(Path, paths))
+def _all_files(paths: Sequence[str]) -> list[TextSource]:
+    files: list[TextSource] = []
+    for path in paths:
+        local = Path(without_file_protocol(path))
+        files += map(LocalFile, text_files([local])) if not is_remote(path) else remote_files(path)
+    return files
 
 
 class _Files:
     """Files of documents, read once to check them and to count their bytes."""
 
-    def __init__(self, files: Sequence[Path], split: Literal["train", "validation"], reading: Reading) -> None:
+    def __init__(
+        self,
+        files: Sequence[TextSource],
+        split: Literal["train", "validation"],
+        reading: Reading,
+        scan: Scan = scan,
+    ) -> None:
         self._reading = reading
         self._split = split
         self.files = files
+        self.ranges: list[FileRange] = []
         self.documents = self.bytes = self.characters = 0
         # Sizes of the last documents, enough to reach the bytes to hold out. Each document adds less than its size to those
         # bytes, so a size that was dropped at the front is never needed again.
         tail: deque[int] = deque()
         tail_bytes = 0
-        for file in files:
-            before = self.documents
-            size = 0
-            for part in self._parts(file):
-                size += len(part.encode())
-                self.characters += len(part)
-                if isinstance(part, Beginning):
-                    continue
+        for file, sizes in zip(files, scan(files, reading), strict=True):
+            before = (self.documents, self.bytes)
+            for size, characters in sizes:
                 tail.append(size)
                 tail_bytes, self.bytes, self.documents = tail_bytes + size, self.bytes + size, self.documents + 1
+                self.characters += characters
                 while tail_bytes - tail[0] >= _held_out_bytes(self.bytes):
                     tail_bytes -= tail.popleft()
-                size = 0
-            if self.documents == before:
+            if self.documents == before[0]:
                 raise SlmError(f"no text in {file}", "leave it out, or check that it is the right file")
+            self.ranges.append(FileRange(file, 0, self.documents - before[0], self.bytes - before[1]))
         # Number of documents at the end to hold out: at least one, and at most all but one.
         self.tail = min(len(tail), self.documents - 1)
 
     def read(self) -> Iterator[str]:
         return chain.from_iterable(map(self._parts, self.files))
 
-    def _parts(self, file: Path) -> Iterator[str]:
-        return read_parts(file, self._reading.column, self._reading.limit)
+    def _parts(self, file: TextSource) -> Iterator[str]:
+        return file.parts(self._reading.column, self._reading.limit)
 
     @property
     def about(self) -> str:
@@ -161,18 +196,15 @@ class _Files:
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        return tuple(
-            Source(name=str(file), kind="file", split=self._split, bytes=file.stat().st_size) for file in self.files
-        )
+        return tuple(Source(name=str(file), kind="file", split=self._split, bytes=file.bytes) for file in self.files)
 
     @property
     def fingerprint(self) -> tuple[object, ...]:
-        stats = ((str(file.resolve()), file.stat()) for file in self.files)
-        return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+        return tuple(file.fingerprint for file in self.files)
 
 
-def _from_files(files: Sequence[Path], validation: str | None, reading: Reading) -> Corpus:
-    text = _Files(files, "train", reading)
+def _from_files(files: Sequence[TextSource], validation: str | None, reading: Reading, scan: Scan) -> Corpus:
+    text = _Files(files, "train", reading, scan)
     held_out = "the last documents"
     whole = Corpus(
         text.read,
@@ -184,9 +216,11 @@ def _from_files(files: Sequence[Path], validation: str | None, reading: Reading)
         (text.documents, None),
         text.fingerprint,
         reading.limit,
+        reading.column,
+        (tuple(text.ranges), ()),
     )
     if validation is not None:
-        return _measured_on(whole, _Files(_all_files([validation]), "validation", reading))
+        return _measured_on(whole, _Files(_all_files([validation]), "validation", reading, scan))
     if text.documents == 1:
         return _split_document(whole, text)
     kept = text.documents - text.tail
@@ -196,6 +230,7 @@ def _from_files(files: Sequence[Path], validation: str | None, reading: Reading)
         validation=lambda: _after_documents(text.read(), kept),
         about=f"{text.about}; validation: the last {_count(text.tail)} of it",
         counts=(kept, text.tail),
+        files=(_first(text.ranges, kept), _after(text.ranges, kept)),
     )
 
 
@@ -209,7 +244,29 @@ def _measured_on(corpus: Corpus, measured: _Files) -> Corpus:
         sources=tuple(source for source in corpus.sources if source.split == "train") + measured.sources,
         counts=(corpus.counts[0], measured.documents),
         fingerprint=(*corpus.fingerprint, *measured.fingerprint),
+        files=None if corpus.files is None else (corpus.files[0], tuple(measured.ranges)),
     )
+
+
+def _first(ranges: Sequence[FileRange], documents: int) -> tuple[FileRange, ...]:
+    """Returns the ranges of the first documents."""
+    found = []
+    for each in ranges:
+        if documents > 0:
+            found.append(replace(each, documents=min(each.documents, documents)))
+        documents -= each.documents
+    return tuple(found)
+
+
+def _after(ranges: Sequence[FileRange], documents: int) -> tuple[FileRange, ...]:
+    """Returns the ranges of the documents after the first ones."""
+    found = []
+    for each in ranges:
+        skipped = min(each.documents, max(0, documents))
+        if skipped < each.documents:
+            found.append(replace(each, first=skipped, documents=each.documents - skipped))
+        documents -= each.documents
+    return tuple(found)
 
 
 def _held_out_bytes(size: int) -> float:
@@ -235,6 +292,7 @@ def _split_document(whole: Corpus, text: _Files) -> Corpus:
         about=f"{text.about}; validation: the last {text.characters - cut:,} characters of it",
         held_out="the end of the one document",
         counts=(1, 1),
+        files=None,
     )
 
 
@@ -271,8 +329,8 @@ def _from(parts: Iterator[str], cut: int) -> Iterator[str]:
 
 def _sample() -> Corpus:
     reading = Reading()
-    train = _Files([sample.stories_path()], "train", reading)
-    validation = _Files([sample.validation_path()], "validation", reading)
+    train = _Files([LocalFile(sample.stories_path())], "train", reading)
+    validation = _Files([LocalFile(sample.validation_path())], "validation", reading)
     about = f"the stories that ship with slm, {_count(train.documents)}; validation: {validation.documents} more"
     return Corpus(
         train.read,
@@ -285,6 +343,7 @@ def _sample() -> Corpus:
         ),
         counts=(train.documents, validation.documents),
         fingerprint=(*train.fingerprint, *validation.fingerprint),
+        files=(tuple(train.ranges), tuple(validation.ranges)),
     )
 
 

@@ -5,18 +5,21 @@
 A run that trains on a dataset elsewhere contains the tokenizer, and a reference as its `dataset.json`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from slm.core.config import first_mistake
 from slm.core.errors import SlmError
 from slm.core.files import member, read_json, sha256_file
+from slm.core.progress import Progress
 from slm.core.text.files import DATASET_FILE, is_dataset
 from slm.core.tokenizer import TOKENIZER_FILE, Tokenizer
 from slm.core.tokenizer_config import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
+from slm.train.data.remote.locations import is_remote
+from slm.train.data.selection.settings import SelectionRecord
 from slm.train.data.shards import Shard
 from slm.train.data.tokens import DtypeName, TokenHeader, TokenIds, Tokens, map_ids, read_header
 
@@ -102,6 +105,7 @@ class DatasetManifest(_Record):
         deduplicated: Whether exact duplicates were removed.
         sources: Origin of the text.
         licence: Licence of the text, as given or as the source states it; None if neither.
+        selection: The filters and the removal of near duplicates; None if neither was asked for.
     """
 
     format_version: Literal[1] = FORMAT_VERSION
@@ -115,6 +119,7 @@ class DatasetManifest(_Record):
     deduplicated: bool
     sources: tuple[Source, ...]
     licence: str | None = None
+    selection: SelectionRecord | None = None
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -124,7 +129,7 @@ class DatasetManifest(_Record):
 
     def to_json(self) -> str:
         """Returns the contents of `dataset.json`."""
-        return self.model_dump_json(indent=2) + "\n"
+        return self.model_dump_json(indent=2, exclude={"selection"} if self.selection is None else None) + "\n"
 
 
 class DatasetReference(_Record):
@@ -151,6 +156,7 @@ class Dataset:
         tokenizer: The tokenizer of the tokens.
         train: The training tokens.
         validation: The validation tokens.
+        address: The address that `path` is a local copy of; None for a dataset in the local file system.
     """
 
     path: Path
@@ -158,12 +164,13 @@ class Dataset:
     tokenizer: Tokenizer
     train: Tokens
     validation: Tokens
+    address: str | None = None
 
 
-def refer_to(path: Path) -> DatasetReference:
-    """Returns a reference to a dataset in its current state."""
+def refer_to(path: Path, address: str | None = None) -> DatasetReference:
+    """Returns a reference to a dataset in its current state, or to the address that it is a copy of."""
     path = path.resolve()
-    return DatasetReference(dataset=str(path), manifest_sha256=sha256_file(path / DATASET_FILE))
+    return DatasetReference(dataset=address or str(path), manifest_sha256=sha256_file(path / DATASET_FILE))
 
 
 def read_manifest(path: Path) -> DatasetManifest:
@@ -177,8 +184,12 @@ def read_manifest(path: Path) -> DatasetManifest:
     return _parse(DatasetManifest, path)
 
 
-def open_dataset(path: Path) -> Dataset:
+def open_dataset(path: Path, progress: Progress | None = None) -> Dataset:
     """Opens a dataset, or the one that a run's data directory refers to. Its tokens stay on the disk.
+
+    Args:
+        path: The directory.
+        progress: Receives notes about a remote dataset that is fetched.
 
     Raises:
         SlmError: When a file is missing, truncated, not the one in the manifest, or of another tokenizer, or when the dataset
@@ -188,7 +199,35 @@ def open_dataset(path: Path) -> Dataset:
         raise SlmError(f"not a prepared dataset: {path} has no {DATASET_FILE}", _AGAIN)
     tokenizer = _load_tokenizer(path)
     if "dataset" in read_json(member(path, DATASET_FILE), DATASET_FILE):
-        path = _followed(_parse(DatasetReference, path))
+        reference = _parse(DatasetReference, path)
+        if is_remote(reference.dataset):
+            return _opened_copy(reference.dataset, reference.manifest_sha256, tokenizer, progress)
+        path = _followed(reference)
+    return _opened(path, tokenizer)
+
+
+def open_remote(address: str, progress: Progress | None = None) -> Dataset:
+    """Opens the local copy of a remote dataset, which is fetched as far as it is missing or damaged.
+
+    Args:
+        address: The address, such as s3://bucket/stories.
+        progress: Receives notes.
+
+    Raises:
+        SlmError: When the dataset cannot be fetched, or as `open_dataset`.
+    """
+    return _opened_copy(address, None, None, progress)
+
+
+def _opened_copy(address: str, sha256: str | None, tokenizer: Tokenizer | None, progress: Progress | None) -> Dataset:
+    # Imported here, because it imports the manifest from this module.
+    from slm.train.data.remote.datasets import local_copy
+
+    with local_copy(address, sha256, progress) as path:
+        return replace(_opened(path, tokenizer or _load_tokenizer(path)), address=address)
+
+
+def _opened(path: Path, tokenizer: Tokenizer) -> Dataset:
     manifest = read_manifest(path)
     if manifest.tokenizer_sha256 != tokenizer.sha256:
         raise SlmError(f"{path}: the tokens were made with another tokenizer", "copy the dataset again")
@@ -226,10 +265,23 @@ def _totals(shards: tuple[Shard, ...]) -> tuple[int, int, int]:
 
 def _parse(kind: type[_RecordT], path: Path) -> _RecordT:
     file = member(path, DATASET_FILE)
-    fields = read_json(file, DATASET_FILE)
-    if fields.get("format_version") != FORMAT_VERSION:
+    return _validated(kind, read_json(file, DATASET_FILE), str(file))
+
+
+def parse_manifest(fields: dict[str, Any], file: str) -> DatasetManifest:
+    """Returns the manifest with the contents of a file.
+
+    Raises:
+        SlmError: When it is damaged or of another version; the message names the file.
+    """
+    return _validated(DatasetManifest, fields, file)
+
+
+def _validated(kind: type[_RecordT], fields: dict[str, Any], file: str) -> _RecordT:
+    if not isinstance(fields, dict) or fields.get("format_version") != FORMAT_VERSION:
+        found = fields.get("format_version") if isinstance(fields, dict) else None
         raise SlmError(
-            f"{file}: format version {fields.get('format_version')!r} is not {FORMAT_VERSION}",
+            f"{file}: format version {found!r} is not {FORMAT_VERSION}",
             "prepare it again with this version of slm",
         )
     try:
@@ -239,6 +291,7 @@ def _parse(kind: type[_RecordT], path: Path) -> _RecordT:
 
 
 def _followed(reference: DatasetReference) -> Path:
+    """Returns the path of a dataset in the local file system, after comparing its manifest."""
     path = Path(reference.dataset)
     if not is_dataset(path):
         raise SlmError(f"the dataset that the run was started with is gone: {path}", "put it back where it was")

@@ -1,9 +1,7 @@
 """Detection of exact duplicates, with memory that does not grow with the number of documents."""
 
-import hashlib
 import sqlite3
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -18,28 +16,24 @@ class Seen:
     """The documents seen so far, as hashes in a temporary file.
 
     Two documents are equal if their SHA-256 without surrounding white space is.
+
+    Attributes:
+        connection: The database in the file.
     """
 
     def __init__(self, connection: sqlite3.Connection) -> None:
-        self._connection = connection
-        self.removed: Counter[str] = Counter()
+        self.connection = connection
 
-    def first(self, documents: Iterable[str], split: str) -> Iterator[str]:
-        """Yields the documents that were not seen before, in any split, and counts the others in `removed`.
+    def add(self, digest: bytes) -> bool:
+        """Keeps the hash of a document; returns whether it was not seen before.
 
         Raises:
             SlmError: When the file cannot be written.
         """
-        for document in documents:
-            digest = hashlib.sha256(document.strip().encode()).digest()
-            try:
-                new = self._connection.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,)).rowcount
-            except sqlite3.OperationalError as error:
-                raise SlmError(f"cannot keep track of duplicates ({error})", "free some space on the disk") from None
-            if new:
-                yield document
-            else:
-                self.removed[split] += 1
+        try:
+            return bool(self.connection.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,)).rowcount)
+        except sqlite3.OperationalError as error:
+            raise SlmError(f"cannot keep track of duplicates ({error})", "free some space on the disk") from None
 
 
 @contextmanager

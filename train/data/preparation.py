@@ -4,10 +4,9 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -17,12 +16,13 @@ from slm.core.files import read_json, replace_directory, write_text
 from slm.core.locks import sole
 from slm.core.outputs import OVERWRITE, check_output
 from slm.core.progress import Progress
-from slm.core.text.documents import whole
 from slm.core.text.files import DATASET_FILE, is_dataset
 from slm.core.tokenizer import TOKENIZER_FILE, Tokenizer
-from slm.train.data import dedup
 from slm.train.data.corpus import Corpus, Documents
 from slm.train.data.dataset import FORMAT_VERSION, DatasetManifest, Split
+from slm.train.data.selection.findings import rejected_for
+from slm.train.data.selection.selector import selecting
+from slm.train.data.selection.settings import Selection
 from slm.train.data.shards import ChangedTextError, ShardWriter, finished_shards
 from slm.train.data.tokenizer import resolve_tokenizer
 from slm.train.data.tokens import dtype_name
@@ -30,7 +30,7 @@ from slm.version import __version__
 
 # In the work directory, besides the dataset's own files.
 _STATE_FILE = "preparation.json"
-_SEEN_FILE = "seen.sqlite3"
+SEEN_FILE = "seen.sqlite3"
 
 # Maximum length in `tokenizer_config.json` as long as there is no model: Gemma 3's. A run writes that of its model.
 _MAX_LENGTH = 32_768
@@ -38,8 +38,8 @@ _MAX_LENGTH = 32_768
 _BPE_CHARACTERS = 64 << 20
 
 
-def beginning(documents: Documents) -> Iterator[str]:
-    """Yields the first documents, as many as a tokenizer is learned from."""
+def beginning(documents: Documents, selection: Selection | None = None) -> Iterator[str]:
+    """Yields the first documents that pass the filters, as many as a tokenizer is learned from."""
     characters = 0
 
     def fits(document: str) -> bool:
@@ -47,7 +47,10 @@ def beginning(documents: Documents) -> Iterator[str]:
         before, characters = characters, characters + len(document)
         return before < _BPE_CHARACTERS
 
-    return takewhile(fits, documents())
+    read: Iterator[str] = documents()
+    if selection is not None and selection.filters:
+        read = (document for document in read if rejected_for(document, selection) is None)
+    return takewhile(fits, read)
 
 
 class DatasetSettings(BaseModel):
@@ -58,6 +61,9 @@ class DatasetSettings(BaseModel):
         vocab_size: Number of tokens that "bpe" learns, including special tokens.
         shard_tokens: A shard ends with the document that reaches this many tokens.
         deduplicate: Whether to remove exact duplicates.
+        near_duplicates: Minimum similarity of near duplicates to remove; None removes none. As in `Selection`.
+        languages: Codes of the languages to keep; empty keeps all. As in `Selection`.
+        quality: Whether to remove documents that break a rule of quality. As in `Selection`.
         licence: Licence of the text; None uses the one that the source states.
     """
 
@@ -67,18 +73,26 @@ class DatasetSettings(BaseModel):
     vocab_size: int = 4096
     shard_tokens: int = 100_000_000
     deduplicate: bool = False
+    near_duplicates: float | None = None
+    languages: tuple[str, ...] = ()
+    quality: bool = False
     licence: str | None = None
+
+    @property
+    def selection(self) -> Selection:
+        """Which documents remain."""
+        return Selection(**self.model_dump(include=set(Selection.model_fields)))
 
 
 def write_dataset(
-    writer: ShardWriter, corpus: Corpus, *, deduplicate: bool = False, licence: str | None = None
+    writer: ShardWriter, corpus: Corpus, *, selection: Selection | None = None, licence: str | None = None
 ) -> DatasetManifest:
     """Writes a dataset's files. Finished shards in the directory are compared with the text and kept.
 
     Args:
         writer: Writes the splits; its tokenizer is saved with the dataset.
         corpus: The text.
-        deduplicate: Whether to remove exact duplicates, and training documents that occur in the validation text.
+        selection: Which documents remain; None keeps all.
         licence: Licence of the text; None uses the one that the source states.
 
     Raises:
@@ -87,18 +101,21 @@ def write_dataset(
     directory, tokenizer = writer.directory, writer.tokenizer
     if not (directory / TOKENIZER_FILE).is_file():
         tokenizer.save(directory)
+    selection = selection or Selection()
     splits: dict[str, Split] = {}
-    with dedup.opened(directory / _SEEN_FILE) if deduplicate else nullcontext() as seen:
+    with selecting(selection, directory / SEEN_FILE) if selection.selects else nullcontext() as selector:
         # Validation text first, so that its documents are known when the training text is read.
         for name, documents, total in (
             ("validation", corpus.validation, corpus.counts[1]),
             ("train", corpus.train, corpus.counts[0]),
         ):
-            if seen is None:
+            if selector is None:
                 splits[name] = Split.of(*writer.write(name, documents(), total), 0)
             else:
-                first = seen.first(whole(documents(), corpus.limit, "--dedup compares whole documents"), name)
-                splits[name] = Split.of(*writer.write(name, first), seen.removed[name])
+                with closing(selector.chosen(documents(), name, corpus.limit, writer.workers)) as chosen:
+                    written = writer.write(name, chosen)
+                splits[name] = Split.of(*written, selector.duplicates[name])
+        record = None if selector is None else selector.record()
     manifest = DatasetManifest(
         slm_version=__version__,
         tokenizer_sha256=tokenizer.sha256,
@@ -107,9 +124,10 @@ def write_dataset(
         train=splits["train"],
         validation=splits["validation"],
         held_out=corpus.held_out,
-        deduplicated=deduplicate,
+        deduplicated=selection.deduplicate,
         sources=corpus.sources,
         licence=corpus.licence if licence is None else licence,
+        selection=record,
     )
     write_text(directory / DATASET_FILE, manifest.to_json())
     return manifest
@@ -141,32 +159,20 @@ def prepare_dataset(
     """
     out = out.resolve()
     check_out(out, overwrite=overwrite)
-    state = settings.model_dump() | {
-        "format_version": FORMAT_VERSION,
-        "slm_version": __version__,
-        "tokenizer": _tokenizer_settings(settings.tokenizer),
-        "held_out": corpus.held_out,
-        "text": corpus.fingerprint,
-    }
-    with _work_directory(out, progress) as work:
-        _go_on_or_start(work, state, progress)
-        if (work / TOKENIZER_FILE).is_file():
-            made = Tokenizer.load(work)
-        else:
-            limit = settings.vocab_size if settings.tokenizer == "bpe" else sys.maxsize
-            made = resolve_tokenizer(settings.tokenizer, beginning(corpus.train), limit, _MAX_LENGTH)
-            _save_whole(made, work)
+    with work_directory(out, progress) as work:
+        go_on_or_start(work, settings_sha256(corpus, settings), progress)
+        made = tokenizer_in(work, corpus, settings)
         done = [header for split in ("validation", "train") for header in finished_shards(work, split, made)]
         if done:
             tokens = sum(header.tokens for header in done)
             progress.note(f"going on after {len(done)} finished shards of {tokens:,} tokens")
         try:
             writer = ShardWriter(work, made, progress, settings.shard_tokens, workers)
-            manifest = write_dataset(writer, corpus, deduplicate=settings.deduplicate, licence=settings.licence)
+            manifest = write_dataset(writer, corpus, selection=settings.selection, licence=settings.licence)
         except ChangedTextError:
             (work / _STATE_FILE).unlink()  # so that the next call starts over
             raise
-        _tidy(work, manifest)
+        tidy(work, manifest)
         replace_directory(work, out)
     return manifest
 
@@ -197,7 +203,7 @@ def _tokenizer_settings(choice: str) -> str:
 
 
 @contextmanager
-def _work_directory(out: Path, progress: Progress) -> Iterator[Path]:
+def work_directory(out: Path, progress: Progress) -> Iterator[Path]:
     """Locks and yields the work directory beside `out`, which stays if the block fails."""
     work = out.parent / f".{out.name}.unfinished"
     # The lock is a file beside the directory: Windows does not rename a directory with an open file.
@@ -206,17 +212,41 @@ def _work_directory(out: Path, progress: Progress) -> Iterator[Path]:
         try:
             yield work
         except BaseException:
-            if any(path.suffix == ".bin" for path in work.iterdir()):
+            # Those of a cluster's jobs are in a directory.
+            if any(path.suffix in (".bin", ".done") for path in work.rglob("*")):
                 progress.note("finished files are kept: the same command resumes")
             else:
                 renames.remove_leftovers(work)
             raise
 
 
-def _go_on_or_start(work: Path, settings: dict[str, Any], progress: Progress) -> None:
-    """Removes everything from the directory unless the same preparation wrote it."""
-    text = json.dumps(settings, sort_keys=True, ensure_ascii=False)
-    state = {"settings_sha256": hashlib.sha256(text.encode()).hexdigest()}
+def settings_sha256(corpus: Corpus, settings: DatasetSettings) -> str:
+    """Returns a hash of everything that determines a dataset, as far as it is known before the text is read."""
+    state = settings.model_dump() | {
+        "format_version": FORMAT_VERSION,
+        "slm_version": __version__,
+        "tokenizer": _tokenizer_settings(settings.tokenizer),
+        "held_out": corpus.held_out,
+        "text": corpus.fingerprint,
+        "versions": settings.selection.versions(),
+    }
+    return hashlib.sha256(json.dumps(state, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def tokenizer_in(work: Path, corpus: Corpus, settings: DatasetSettings) -> Tokenizer:
+    """Returns the tokenizer of an unfinished dataset, which is made and saved if it is not there."""
+    if (work / TOKENIZER_FILE).is_file():
+        return Tokenizer.load(work)
+    limit = settings.vocab_size if settings.tokenizer == "bpe" else sys.maxsize
+    text = beginning(corpus.train, settings.selection)
+    made = resolve_tokenizer(settings.tokenizer, text, limit, _MAX_LENGTH)
+    _save_whole(made, work)
+    return made
+
+
+def go_on_or_start(work: Path, sha256: str, progress: Progress) -> None:
+    """Removes everything from a work directory unless the same preparation, by the hash of its settings, wrote it."""
+    state = {"settings_sha256": sha256}
     file = work / _STATE_FILE
     found = None
     if file.is_file():
@@ -244,7 +274,7 @@ def _save_whole(tokenizer: Tokenizer, work: Path) -> None:
     scratch.rmdir()
 
 
-def _tidy(work: Path, manifest: DatasetManifest) -> None:
+def tidy(work: Path, manifest: DatasetManifest) -> None:
     """Removes files that do not belong to the dataset."""
     _remove(path for path in work.iterdir() if path.name not in manifest.files)
 

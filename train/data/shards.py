@@ -63,6 +63,15 @@ def finished_shards(directory: Path, split: str, tokenizer: Tokenizer) -> list[T
     return headers
 
 
+def no_text(split: str) -> SlmError:
+    """Returns the error for a split without documents."""
+    hint = "give more text" if split == "train" else "name validation text with --val"
+    return SlmError(
+        f"there is no {split} text",
+        f"{hint}; --dedup also removes training text that is validation text, and so do filters",
+    )
+
+
 @dataclass(frozen=True)
 class ShardWriter:
     """Writes the splits of a dataset.
@@ -114,10 +123,7 @@ class ShardWriter:
             files.abandon()
             progress.finish()
         if not files.shards:
-            hint = "give more text" if split == "train" else "name validation text with --val"
-            raise SlmError(
-                f"there is no {split} text", f"{hint}; --dedup also removes training text that is validation text"
-            )
+            raise no_text(split)
         return tuple(files.shards), files.text.hexdigest()
 
 

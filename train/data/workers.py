@@ -9,13 +9,13 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from queue import SimpleQueue
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -33,6 +33,10 @@ _BATCH_CHARACTERS = 1 << 20
 _WORTH_WORKERS = 32
 _PIPE_BYTES = 1 << 20
 _LENGTH = np.dtype("<u8")
+_ENCODE = "from slm.train.data.workers import work; work()"
+
+
+_Batch = TypeVar("_Batch")
 
 
 class Piece(NamedTuple):
@@ -73,15 +77,44 @@ def encoded(
             yield _joined(batch, encoder.encode([piece.text.decode() for piece in batch]), end)
         return
     with _Pool(file, workers) as pool:
-        waiting: deque[tuple[list[Piece], Future[list[bytes]]]] = deque()
-        for batch in chain(_popped(first), batches):
-            waiting.append((batch, pool.encode([piece.text for piece in batch])))
-            if len(waiting) >= 2 * workers:
-                batch, ids = waiting.popleft()
-                yield _joined(batch, ids.result(), end)
-        while waiting:
-            batch, ids = waiting.popleft()
-            yield _joined(batch, ids.result(), end)
+        for batch, ids in _in_order(chain(_popped(first), batches), pool, workers, _texts):
+            yield _joined(batch, ids, end)
+
+
+def mapped(
+    batches: Iterable[list[bytes]], workers: int, code: str, argument: str
+) -> Generator[tuple[list[bytes], list[bytes]]]:
+    """Yields batches with the results of worker processes, in order. At most two batches per worker are in memory.
+
+    Args:
+        batches: Lists of texts.
+        workers: Number of processes.
+        code: What a worker runs; it calls `serve`.
+        argument: The argument of the worker.
+
+    Raises:
+        SlmError: When a worker is killed.
+    """
+    with _Pool(argument, workers, code) as pool:
+        yield from _in_order(batches, pool, workers, list)
+
+
+def _in_order(
+    batches: Iterable[_Batch], pool: "_Pool", workers: int, texts: Callable[[_Batch], list[bytes]]
+) -> Iterator[tuple[_Batch, list[bytes]]]:
+    waiting: deque[tuple[_Batch, Future[list[bytes]]]] = deque()
+    for batch in batches:
+        waiting.append((batch, pool.ask(texts(batch))))
+        if len(waiting) >= 2 * workers:
+            batch, results = waiting.popleft()
+            yield batch, results.result()
+    while waiting:
+        batch, results = waiting.popleft()
+        yield batch, results.result()
+
+
+def _texts(batch: list[Piece]) -> list[bytes]:
+    return [piece.text for piece in batch]
 
 
 def _popped(batches: list[list[Piece]]) -> Iterator[list[Piece]]:
@@ -124,7 +157,8 @@ def _batches(documents: Iterable[str], cut: bool) -> Iterator[list[Piece]]:
 class _Pool:
     """Worker processes, each with a thread that waits for it."""
 
-    def __init__(self, file: Path, workers: int) -> None:
+    def __init__(self, argument: Path | str, workers: int, code: str = _ENCODE) -> None:
+        argument = str(argument.resolve()) if isinstance(argument, Path) else argument
         self._threads = ThreadPoolExecutor(workers)
         self._idle: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -132,8 +166,8 @@ class _Pool:
         try:
             for _ in range(workers):
                 process = child.popen(
-                    "from slm.train.data.workers import work; work()",
-                    str(file.resolve()),
+                    code,
+                    argument,
                     variables=one_core | {"TOKENIZERS_PARALLELISM": "false"},
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
@@ -146,7 +180,7 @@ class _Pool:
             self._end()
             raise
 
-    def encode(self, texts: list[bytes]) -> "Future[list[bytes]]":
+    def ask(self, texts: list[bytes]) -> "Future[list[bytes]]":
         """Gives each batch to the first free worker."""
         return self._threads.submit(self._ask, texts)
 
@@ -215,10 +249,25 @@ def _receive(stream: IO[bytes]) -> list[bytes] | None:
 
 def work() -> None:
     """Runs a worker: encodes with the tokenizer that its argument names until its input ends."""
-    encoder = Encoder(Tokenizer.load(Path(sys.argv[1])))
+    encoders: dict[str, Encoder] = {}
+
+    def encode(file: str, texts: list[bytes]) -> list[bytes]:
+        encoder = encoders.get(file) or encoders.setdefault(file, Encoder(Tokenizer.load(Path(file))))
+        return encoder.encode([text.decode() for text in texts])
+
+    serve(encode)
+
+
+def serve(answer: Callable[[str, list[bytes]], list[bytes]]) -> None:
+    """Answers texts with results until the input ends, and ends the process.
+
+    Args:
+        answer: Receives the worker's argument and the texts of a batch.
+    """
     while (texts := _receive(sys.stdin.buffer)) is not None:
+        results = answer(sys.argv[1], texts)
         try:
-            _send(sys.stdout.buffer, encoder.encode([text.decode() for text in texts]))
+            _send(sys.stdout.buffer, results)
         except OSError:  # the command has ended: a broken pipe, or an invalid argument on Windows
             break
     os._exit(0)  # exits without flushing into a closed pipe

@@ -29,6 +29,7 @@ const results = new Results($("result-fields"));
 let running = null; // an AbortController while an answer is generated
 let ready = false;
 let paused = false; // whether the person has ended the download
+let others = []; // the paragraphs of the mode that is not chosen
 
 const talking = () => document.forms.ask.elements.mode.value === "talk";
 
@@ -124,7 +125,7 @@ async function write() {
     running = null;
     refresh();
     if (talking() && conversation.calls.length) results.focus();
-    else $("prompt").focus({ preventScroll: true });
+    else if (matchMedia("(pointer: fine)").matches) $("prompt").focus({ preventScroll: true }); // a phone's keyboard would hide the text
   }
 }
 
@@ -197,6 +198,14 @@ async function measured() {
   }
 }
 
+// Shows the paragraphs of the other mode: a conversation goes on where it was, and a text does not end up in it.
+function swap() {
+  const now = [...$("log").childNodes];
+  $("log").replaceChildren(...others);
+  others = now;
+  $("log").scrollTop = $("log").scrollHeight;
+}
+
 async function load() {
   $("load").hidden = true;
   $("loading").hidden = false;
@@ -240,8 +249,8 @@ async function offer(label = "") {
   $("progress").value = stored / bytes;
   $("progress-text").textContent = stored
     ? `${megabytes(stored)} of ${megabytes(bytes)} are stored in this browser.`
-    : `The model has ${megabytes(bytes)}.`;
-  $("load").textContent = label || (stored ? `Continue (${megabytes(bytes - stored)})` : `Load the model (${megabytes(bytes)})`);
+    : `The model is a download of ${megabytes(bytes)}.`;
+  $("load").textContent = label || (stored ? `Continue (${megabytes(bytes - stored)})` : "Load the model");
   $("load").hidden = false;
   inform(storageNote(size), size.granted === null);
 }
@@ -268,7 +277,8 @@ function describe(found, milliseconds) {
   const threads = found.threads === 1 ? "1 thread" : `${found.threads} threads`;
   const alone = found.isolated ? "" : " (the site sends no COOP and COEP headers: one thread is all there is)";
   const gpu = found.device === "WebGPU" ? " (experimental)" : `, ${threads}${alone}`;
-  $("where").textContent = `Runs in this browser: ${found.device}${gpu}, ${found.precision}. What you type stays here.`;
+  const slower = found.reason ? ` It is slower than on a GPU: ${found.reason}.` : "";
+  $("where").textContent = `Runs in this browser: ${found.device}${gpu}, ${found.precision}.${slower} What you type stays here.`;
   $("where").dataset.found = JSON.stringify({ ...found, loadMs: milliseconds });
   $("figures").textContent = `loaded in ${(milliseconds / 1e3).toFixed(1)} s · ${memory(found.memory)}`;
   $("remove").hidden = !found.kept;
@@ -341,11 +351,11 @@ async function start() {
   $("licences").hidden = false;
   backend = new Local(site);
   await register();
-  $("measure").hidden = false;
   if (new URLSearchParams(location.search).has("bench")) {
     const { showBench } = await import("./bench.js");
     return showBench(site, attempt);
   }
+  $("measure").hidden = false;
   const { bytes, stored } = await backend.size();
   if (stored === bytes || bytes <= UNASKED_BYTES) return load();
   $("where").textContent = "The model runs in this browser once it is loaded. What you type stays here.";
@@ -357,6 +367,7 @@ document.forms.ask.addEventListener("submit", (event) => {
   if (ready && !running) void attempt(write);
 });
 document.forms.ask.addEventListener("change", refresh);
+for (const input of document.querySelectorAll("#modes input")) input.addEventListener("change", swap);
 $("greedy").addEventListener("change", refresh);
 $("stop").onclick = () => running?.abort();
 $("load").onclick = () => {
@@ -372,6 +383,7 @@ $("clear").onclick = () => {
   conversation.messages = [];
   results.clear();
   $("log").replaceChildren();
+  others = [];
   $("figures").textContent = "";
   show(null);
   refresh();

@@ -20,8 +20,8 @@ export function memoryBytes() {
   return memories.reduce((sum, each) => sum + each.buffer.byteLength, 0);
 }
 
-// Returns a site's backend, before its files are there: {device, threads, wanted: files to load, place: where to load a file to
-// (or null), open(contents, manifest): returns the decoder}.
+// Returns a site's backend, before its files are there: {device, reason: why it is not the one that the model is for, or "",
+// threads, wanted: files to load, place: where to load a file to (or null), open(contents, manifest): returns the decoder}.
 // runtime: "wasm" or "webgpu" for that of onnxruntime-web; by default the fastest that this browser has.
 export async function backendOf(site, runtime) {
   const count = self.crossOriginIsolated ? threads() : 1;
@@ -33,6 +33,7 @@ function ownEngine(site, count) {
   const engine = new Engine(site.engine, site.files[data]?.bytes ?? 0, count);
   return {
     device: "WebAssembly",
+    reason: "",
     get threads() {
       return engine.threads;
     },
@@ -43,8 +44,10 @@ function ownEngine(site, count) {
 }
 
 async function onnxruntime(site, count, runtime) {
-  const gpu = runtime !== "wasm" && site.model.device === "webgpu" && (await usableGpu(site.model.precision));
-  if (runtime === "webgpu" && !gpu) throw new Problem("this browser has no WebGPU that the model can use");
+  const meant = runtime !== "wasm" && site.model.device === "webgpu";
+  const reason = meant ? await gpuProblem(site.model.float16) : "";
+  const gpu = meant && !reason;
+  if (runtime === "webgpu" && !gpu) throw new Problem(reason);
   const names = gpu ? site.runtime.webgpu : site.runtime.wasm;
   const open = async (contents, manifest) => {
     const ort = await import(new URL(names.api, import.meta.url).href);
@@ -64,7 +67,7 @@ async function onnxruntime(site, count, runtime) {
     return new Decoder(ort, session, manifest);
   };
   const wanted = filesOf(site, gpu ? "webgpu" : "wasm");
-  return { device: gpu ? "WebGPU" : "WebAssembly", threads: count, wanted, place: () => null, open };
+  return { device: gpu ? "WebGPU" : "WebAssembly", reason, threads: count, wanted, place: () => null, open };
 }
 
 // Returns the number of threads: of more than four reported processors half, because most cores report two.
@@ -73,12 +76,13 @@ function threads() {
   return Math.min(MOST_THREADS, said > 4 ? Math.ceil(said / 2) : said);
 }
 
-// Returns whether WebGPU is usable: a GPU supports the model's types, and the browser has JSPI, which onnxruntime needs.
-async function usableGpu(precision) {
-  if (!("Suspending" in WebAssembly)) return false;
+// Returns why WebGPU cannot run the model, or "". float16: whether the model computes in float16.
+async function gpuProblem(float16) {
   const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
-  if (!adapter) return false;
-  return precision !== "float16" || adapter.features.has("shader-f16");
+  if (!adapter) return "this browser offers no GPU (WebGPU)";
+  if (float16 && !adapter.features.has("shader-f16")) return "the GPU has no float16, which the model needs";
+  if (!("Suspending" in WebAssembly)) return "this browser has no promise integration for WebAssembly (JSPI), which WebGPU needs";
+  return "";
 }
 
 // The weights, by the file name in the graph.

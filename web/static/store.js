@@ -11,9 +11,8 @@ export const PART = 4 << 20;
 // Returns the contents of files after a check of their hashes: {contents: {name: Uint8Array}, kept: whether all are stored}.
 // files: {name: {bytes, sha256}}. told is called with {file, loaded, total, fetched, full}: bytes that are there, of all, from the
 // network, and whether the browser has no room to store them; or with {waiting: file} while another tab loads it. place(name, bytes) may return the array to write a file into, also on shared memory.
-// signal: an AbortSignal; what has arrived stays in the store. use(name, content) may return what takes the place of a file's
-// contents, as soon as it is there.
-export async function fetchAll(files, told = () => {}, place = () => null, { signal, use = (_, content) => content } = {}) {
+// signal: an AbortSignal; what has arrived stays in the store.
+export async function fetchAll(files, told = () => {}, place = () => null, { signal } = {}) {
   const store = await openStore();
   const total = sum(Object.values(files).map(({ bytes }) => bytes));
   const here = sum(Object.values((await store?.lengths(files)) ?? {}));
@@ -28,7 +27,7 @@ export async function fetchAll(files, told = () => {}, place = () => null, { sig
       told({ file: name, loaded: done + at, total, fetched, full });
     });
     await alone(file.sha256, () => told({ waiting: name }), signal, () => load(name, file, arrival, store, signal));
-    contents[name] = use(name, content);
+    contents[name] = content;
     done += file.bytes;
   }
   told({ loaded: total, total, fetched, full });

@@ -1,6 +1,6 @@
 // Converts text to token ids and back, also incrementally; gives the same results as slm.core.tokenizer.
 import { Problem } from "./problem.js";
-import { ByteFallbackDecoder, Tokenizer } from "./vendor/tokenizers.min.mjs";
+import { ByteFallbackDecoder, Tokenizer, WhitespacePreTokenizer, WhitespaceSplitPreTokenizer } from "./vendor/tokenizers.min.mjs";
 
 // Tokens of slm's own models, in addition to those named in tokenizer_config.json.
 const SPECIAL_TOKENS = ["<|endoftext|>", "<start_of_turn>", "<end_of_turn>", "<pad>"];
@@ -37,6 +37,11 @@ ByteFallbackDecoder.prototype.decode_chain = (tokens) => {
   return found;
 };
 
+// Letters, digits and white space as in the Rust library: this library would take only those of JavaScript's \w and \s.
+const WORDS = /[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]+|[^\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}\p{White_Space}]+/gu;
+WhitespacePreTokenizer.prototype.pre_tokenize_text = (text) => text.match(WORDS) ?? [];
+WhitespaceSplitPreTokenizer.prototype.pre_tokenize_text = (text) => text.match(/\P{White_Space}+/gu) ?? [];
+
 const trailingSpaces = (text) => Array.from(text).length - Array.from(text.trimEnd()).length;
 const leadingSpaces = (text) => Array.from(text).length - Array.from(text.trimStart()).length;
 const utf8Length = (text) => new TextEncoder().encode(text).length;
@@ -44,20 +49,25 @@ const utf8Length = (text) => new TextEncoder().encode(text).length;
 const characterEdges = (text) => Array.from(text).flatMap((character, i) => Array(utf8Length(character)).fill(i));
 
 export class Text {
-  #json;
+  #rules;
   #config;
+  #vocabulary;
   #tokenizer;
+  #addedIds;
+  #addedTokens;
   #literal = null;
   #forbidden = null; // ids that plain text must not form
   #unknown = null;
 
-  // json: the contents of tokenizer.json; config: the contents of tokenizer_config.json.
-  constructor(json, config) {
-    this.#json = json;
-    this.#config = config;
-    this.#tokenizer = new Tokenizer(json, config);
-    this.specialIds = new Set(json.added_tokens.filter((token) => token.special).map((token) => token.id));
-    this.added = new Set(json.added_tokens.map((token) => token.id));
+  // rules: the contents of tokenizer.json, without the tables of its BPE model if `vocabulary` has them; config: the contents of
+  // tokenizer_config.json.
+  constructor({ rules, vocabulary = null }, config) {
+    [this.#rules, this.#config, this.#vocabulary] = [rules, config, vocabulary];
+    this.#tokenizer = this.#made(rules);
+    this.#addedIds = new Map(rules.added_tokens.map((token) => [token.content, token.id]));
+    this.#addedTokens = new Map(rules.added_tokens.map((token) => [token.id, token.content]));
+    this.specialIds = new Set(rules.added_tokens.filter((token) => token.special).map((token) => token.id));
+    this.added = new Set(this.#addedTokens.keys());
     this.controls = this.#controlIds(); // ids that have a meaning besides their characters: Tokenizer.control_ids in Python
   }
 
@@ -77,11 +87,11 @@ export class Text {
   }
 
   id(token) {
-    return this.#tokenizer.token_to_id(token);
+    return this.#addedIds.get(token) ?? this.#tokenizer.token_to_id(token);
   }
 
   decode(ids) {
-    return ids.length === 0 ? "" : this.#tokenizer.decode(ids, { skip_special_tokens: true, clean_up_tokenization_spaces: false });
+    return this.#decoded(ids.filter((id) => !this.specialIds.has(id)));
   }
 
   // Returns the ids that can be control tokens: not white space or a single character, which occur in any text.
@@ -91,9 +101,7 @@ export class Text {
 
   // Returns the text of one token, also of a special token.
   spelled(id) {
-    return this.#tokenizer.decode([id, id], { skip_special_tokens: false, clean_up_tokenization_spaces: false }).slice(
-      this.#tokenizer.decode([id], { skip_special_tokens: false, clean_up_tokenization_spaces: false }).length,
-    );
+    return this.#decoded([id, id]).slice(this.#decoded([id]).length);
   }
 
   // Returns the ids of a rendered chat template: without the tokens of the post-processor.
@@ -125,7 +133,7 @@ export class Text {
   #placesWithin(section, wanted) {
     const tokens = this.#tokenizer.encode_text(section);
     const added = this.#tokenizer.added_tokens_map;
-    const known = (token) => added.get(token)?.id ?? this.#tokenizer.token_to_id(token);
+    const known = (token) => added.get(token)?.id ?? this.id(token);
     const counts = (token) => wanted.has(known(token)) && (added.has(token) || !this.#unknownIds().has(known(token)));
     if (!tokens.some(counts)) return [];
     const normalized = this.#tokenizer.normalizer === null ? section : this.#tokenizer.normalizer(section);
@@ -144,7 +152,7 @@ export class Text {
 
   // Whether tokens are spelled in characters that stand for bytes.
   #inBytes() {
-    const { pre_tokenizer } = this.#json;
+    const { pre_tokenizer } = this.#rules;
     return [pre_tokenizer, ...(pre_tokenizer?.pretokenizers ?? [])].some((each) => each?.type === "ByteLevel");
   }
 
@@ -155,7 +163,7 @@ export class Text {
       const { bos_token, eos_token } = this.#config;
       const meant = new Set([...SPECIAL_TOKENS, ...named({ bos_token, eos_token })].map((token) => this.id(token)));
       const found = new Set(this.#literal.encode(UNKNOWN, { add_special_tokens: false }).ids);
-      if (typeof this.#json.model.unk_token === "string") found.add(this.id(this.#json.model.unk_token));
+      if (typeof this.#rules.model.unk_token === "string") found.add(this.id(this.#rules.model.unk_token));
       this.#unknown = new Set([...this.controls].filter((id) => found.has(id) && !meant.has(id)));
     }
     return this.#unknown;
@@ -177,14 +185,34 @@ export class Text {
   }
 
   #withoutControls() {
-    const added_tokens = this.#json.added_tokens.filter((token) => !this.controls.has(token.id));
-    return new Tokenizer({ ...this.#json, added_tokens, post_processor: null }, this.#config);
+    const added_tokens = this.#rules.added_tokens.filter((token) => !this.controls.has(token.id));
+    return this.#made({ ...this.#rules, added_tokens, post_processor: null });
+  }
+
+  // Returns the library's tokenizer of some rules; all that this object makes share the vocabulary.
+  #made(rules) {
+    const vocabulary = this.#vocabulary;
+    if (vocabulary === null) return new Tokenizer(rules, this.#config);
+    const made = new Tokenizer({ ...rules, model: { ...rules.model, vocab: {}, merges: [] } }, this.#config);
+    const encode = (words) => words.flatMap((word) => vocabulary.encode(word));
+    const { unk_token } = rules.model;
+    const unk_token_id = typeof unk_token === "string" ? vocabulary.id(unk_token) : undefined;
+    made.model = Object.assign(encode, { tokens_to_ids: { get: (token) => vocabulary.id(token) }, unk_token_id });
+    return made;
+  }
+
+  #decoded(ids) {
+    const { decoder, model } = this.#tokenizer;
+    const spelled = (id) => this.#addedTokens.get(id) ?? (this.#vocabulary ? this.#vocabulary.token(id) : model.vocab[id]);
+    const tokens = ids.map(spelled).filter((token) => token !== undefined);
+    if (tokens.length === 0) return "";
+    return decoder ? decoder(tokens) : tokens.join(" ");
   }
 
   #controlIds() {
     const template = typeof this.#config.chat_template === "string" ? this.#config.chat_template : "";
     const isControl = (token) => token.trim().length > 1 && (template.includes(token.trim()) || CONTROL.test(token.trim()));
-    const controls = this.#json.added_tokens.filter((token) => (token.special || isControl(token.content)) && !BYTE.test(token.content));
+    const controls = this.#rules.added_tokens.filter((token) => (token.special || isControl(token.content)) && !BYTE.test(token.content));
     const markers = [...new Set(template.match(MARKER))].map((each) => this.#plain(each)).filter((ids) => ids.length === 1);
     const tokens = [...SPECIAL_TOKENS, ...named(this.#config)].map((token) => this.id(token)).filter((id) => id != null);
     return new Set([...controls.map((token) => token.id), ...this.lengthy([...markers.flat(), ...tokens])]);

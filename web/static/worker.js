@@ -9,11 +9,8 @@ import { Problem, asProblem } from "./problem.js";
 import { fetchAll, forget } from "./store.js";
 import { Text } from "./text.js";
 import { declared } from "./tools.js";
+import { unpacked } from "./vocabulary.js";
 
-const TOKENIZER = "model/tokenizer.json";
-const TOKENIZER_CONFIG = "model/tokenizer_config.json";
-// Tokenizers of more bytes leave garbage that matters.
-const LARGE_BYTES = 4 << 20;
 let model = null;
 let stopping = false;
 const pausing = new AbortController();
@@ -37,21 +34,14 @@ self.onmessage = async ({ data }) => {
 // Loads the site's model; returns a description of the backend.
 async function load(site, runtime) {
   const backend = await backendOf(site, runtime);
-  const config = {};
-  const use = (name, content) => {
-    const read = () => JSON.parse(new TextDecoder().decode(content));
-    if (name === TOKENIZER_CONFIG) Object.assign(config, read());
-    if (name !== TOKENIZER) return content;
-    const text = new Text(read(), config);
-    collect(content.length);
-    return text;
-  };
-  const options = { signal: pausing.signal, use };
-  const { contents, kept } = await fetchAll(inOrder(backend.wanted), progress(), backend.place, options);
+  const { contents, kept } = await fetchAll(backend.wanted, progress(), backend.place, { signal: pausing.signal });
   await forget(site.files);
   self.postMessage({ loading: { starting: true } });
-  const manifest = JSON.parse(new TextDecoder().decode(contents["model/manifest.json"]));
-  const text = contents[TOKENIZER];
+  const json = (name) => JSON.parse(new TextDecoder().decode(contents[`model/${name}`]));
+  const manifest = json("manifest.json");
+  const tables = contents["model/tokenizer.bin"];
+  const config = "model/tokenizer_config.json" in contents ? json("tokenizer_config.json") : {};
+  const text = new Text(tables ? unpacked(tables) : { rules: json("tokenizer.json") }, config);
   model = { text, decoder: await backend.open(contents, manifest), site };
   model.stops = new Set(site.model.stop_token_ids);
   const { turns, ...chat } = await startTurns(text, site.model.turns, model.stops);
@@ -59,6 +49,7 @@ async function load(site, runtime) {
   return {
     ...chat,
     device: backend.device,
+    reason: backend.reason,
     threads: backend.threads,
     isolated: self.crossOriginIsolated,
     precision: manifest.precision,
@@ -66,24 +57,6 @@ async function load(site, runtime) {
     kept,
     memory: memory(),
   };
-}
-
-// Returns files with the smallest first, so that the large text of a tokenizer is read and dropped before the weights take memory;
-// the tokenizer needs its configuration.
-function inOrder(files) {
-  const rank = ([name, { bytes }]) => (name === TOKENIZER_CONFIG ? -1 : bytes);
-  return Object.fromEntries(Object.entries(files).sort((a, b) => rank(a) - rank(b)));
-}
-
-// Has the browser collect its garbage before the weights take memory: reading a large tokenizer leaves six times its size. A page
-// cannot ask for it, but browsers do it when much memory is allocated, also if nothing is written there and it takes no room.
-function collect(bytes) {
-  if (bytes < LARGE_BYTES) return;
-  try {
-    for (let i = 0; i < 8; i++) new ArrayBuffer(128 << 20);
-  } catch {
-    // There is no room for it.
-  }
 }
 
 // Returns a function that tells the page about the progress of loading, but not about every piece.

@@ -1,0 +1,391 @@
+"""Preparation on a cluster, without Ray: the scheduling, the division of work, and the bytes with and without losses."""
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+
+from slm.core.errors import SlmError
+from slm.core.progress import Silent
+from slm.train.data.cluster import layout, ray_cluster, tasks
+from slm.train.data.cluster.jobs import Job, LostError, run_jobs
+from slm.train.data.cluster.layout import Slice, packed, parts_of, shards_of, unpacked
+from slm.train.data.cluster.preparation import prepare_on_cluster, scanning
+from slm.train.data.cluster.store import Store
+from slm.train.data.cluster.tasks import result_of, run_task
+from slm.train.data.corpus import Reading, open_corpus
+from slm.train.data.preparation import DatasetSettings, prepare_dataset
+from slm.train.data.sources import FileRange, LocalFile, source_of
+from tests.progress import Notes
+from tests.train.test_dataset_preparation import contents
+
+END = "\n<|endoftext|>\n"
+
+
+class Machines:
+    """A cluster in this process, which runs tasks in a changing order, and loses some of them after they ran."""
+
+    def __init__(self, slots: int = 3, losing: Any = None, stops_after: int | None = None) -> None:
+        self._slots, self._losing, self.left = slots, losing, stops_after
+        self.tasks: list[tuple[str, dict[str, Any]]] = []
+        self._handles = itertools.count()
+        self.running: dict[int, tuple[str, dict[str, Any]]] = {}
+        self.most = 0
+
+    def slots(self) -> int:
+        return self._slots
+
+    def submit(self, task: str, spec: dict[str, Any]) -> int:
+        handle = next(self._handles)
+        self.running[handle] = (task, json.loads(json.dumps(spec)))
+        self.most = max(self.most, len(self.running))
+        return handle
+
+    def wait(self, handles: list[int]) -> int | None:
+        return handles[-1] if len(self.tasks) % 2 else handles[0]
+
+    def result(self, handle: int) -> bytes:
+        task, spec = self.running.pop(handle)
+        if self.left is not None:
+            if self.left == 0:
+                raise KeyboardInterrupt
+            self.left -= 1
+        result = run_task(task, json.dumps(spec))
+        self.tasks.append((task, spec))
+        if self._losing is not None and self._losing(task, spec, sum(one == (task, spec) for one in self.tasks)):
+            raise LostError("its machine is gone")
+        return result_of(result)
+
+    def cancel(self, handles: list[int]) -> None:
+        for handle in handles:
+            self.running.pop(handle, None)
+
+    @property
+    def counts(self) -> Counter[str]:
+        return Counter(task for task, _ in self.tasks)
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch, stories: list[str], tmp_path: Path) -> None:
+    """Texts in files of several kinds and sizes, divided into small parts."""
+    for variable in (*tasks._ONE_THREAD, "TOKENIZERS_PARALLELISM"):
+        monkeypatch.setenv(variable, "1")
+    monkeypatch.setenv("SLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(layout, "PART_BYTES", 4000)
+    monkeypatch.setattr(layout, "MOST_PER_FILE", 5)
+    texts = Path("texts")
+    texts.mkdir()
+    (texts / "a.txt").write_text(END.join(stories[:40]), encoding="utf-8")
+    for number in range(6):
+        rows = "\n".join(json.dumps({"text": story}) for story in stories[40 + 3 * number : 43 + 3 * number])
+        (texts / f"b{number}.jsonl").write_text(rows, encoding="utf-8")
+
+
+def on_cluster(
+    out: str, machines: Machines, progress: Silent | None = None, val: str | None = None, **options: Any
+) -> None:
+    progress = progress or Silent()
+    corpus = open_corpus(["texts"], val, Reading(), scanning(machines, progress))
+    overwrite = options.pop("overwrite", False)
+    settings = DatasetSettings(**({"vocab_size": 300, "shard_tokens": 2000} | options))
+    prepare_on_cluster(corpus, Path(out), settings, machines, progress, overwrite=overwrite)
+
+
+def without_cluster(out: str, val: str | None = None, **options: Any) -> None:
+    settings = DatasetSettings(**({"vocab_size": 300, "shard_tokens": 2000} | options))
+    prepare_dataset(open_corpus(["texts"], val, Reading()), Path(out), settings, Silent())
+
+
+EVERYTHING: dict[str, Any] = {"deduplicate": True, "quality": True}
+
+
+@pytest.mark.parametrize("options", [{}, EVERYTHING, {"val": "texts/b0.jsonl"}, {"shard_tokens": 10**6}])
+def test_a_cluster_makes_the_same_bytes(options: dict[str, Any]) -> None:
+    without_cluster("without", **options)
+    machines = Machines()
+    on_cluster("with", machines, **options)
+    assert contents("with") == contents("without")
+    assert machines.counts["encode"] > 6 and machines.counts["scan"] >= 7
+    assert machines.counts["examine"] == (machines.counts["encode"] if options == EVERYTHING else 0)
+    assert not list(Path().glob(".*unfinished"))
+
+
+def test_near_duplicates_and_languages_on_a_cluster() -> None:
+    pytest.importorskip("rensa", reason="the extra data is not installed")
+    pytest.importorskip("py3langid", reason="the extra data is not installed")
+    options: dict[str, Any] = {"near_duplicates": 0.5, "languages": ("en",)}
+    without_cluster("without", **options)
+    on_cluster("with", Machines(), **options)
+    assert contents("with") == contents("without")
+
+
+@pytest.mark.parametrize("slots", [1, 7])
+def test_lost_work_is_done_again_and_the_bytes_are_the_same(slots: int) -> None:
+    without_cluster("without", **EVERYTHING)
+    notes = Notes()
+    machines = Machines(slots, lambda task, spec, times: times == 1 and spec.get("part", "") != "train-00003")
+    on_cluster("with", machines, notes, **EVERYTHING)
+    assert contents("with") == contents("without")
+    parts = {spec["part"] for task, spec in machines.tasks if task == "encode"}
+    assert machines.counts["encode"] == 2 * len(parts) - 1  # all but one were lost once
+    assert "encode train-00001 was lost (its machine is gone): it is done again" in notes.lines
+
+
+def test_work_that_is_always_lost_ends_the_command() -> None:
+    machines = Machines(losing=lambda task, spec, times: spec.get("part") == "train-00002")
+    with pytest.raises(SlmError, match=r"encode train-00002 was lost 4 times \(its machine is gone\)") as caught:
+        on_cluster("with", machines)
+    assert "out of memory" in (caught.value.hint or "")
+    assert not machines.running and not Path("with").exists()
+    on_cluster("with", Machines())
+    without_cluster("without")
+    assert contents("with") == contents("without")
+
+
+def test_an_interrupted_preparation_continues() -> None:
+    without_cluster("without", **EVERYTHING)
+    whole = Machines()
+    on_cluster("whole", whole, **EVERYTHING)
+    done: Counter[str] = Counter()
+    for _ in range(5):
+        machines = Machines(stops_after=10)  # every attempt reads the seven files again
+        with pytest.raises(KeyboardInterrupt):
+            on_cluster("with", machines, **EVERYTHING)
+        assert not machines.running
+        done.update(machines.counts)
+    notes, machines = Notes(), Machines()
+    on_cluster("with", machines, notes, **EVERYTHING)
+    assert contents("with") == contents("without") == contents("whole")
+    done.update(machines.counts)
+    for task in ("examine", "encode", "shard", "hash"):
+        assert done[task] == whole.counts[task]  # nothing was done twice
+    assert any(note.startswith("examining text: ") for note in notes.lines)
+
+
+def test_other_settings_or_another_text_start_over() -> None:
+    for change in ("settings", "text"):
+        with pytest.raises(KeyboardInterrupt):
+            on_cluster(change, Machines(stops_after=15))
+        if change == "text":
+            Path("texts/b1.jsonl").write_text('{"text": "Something else was here."}\n', encoding="utf-8")
+        options: dict[str, Any] = {"vocab_size": 310} if change == "settings" else {}
+        on_cluster(change, Machines(), **options)
+        without_cluster(f"{change}-without", **options)
+        assert contents(change) == contents(f"{change}-without")
+
+
+def test_a_preparation_that_a_cluster_began_can_end_without_one() -> None:
+    whole = Machines()
+    on_cluster("whole", whole)
+    with pytest.raises(KeyboardInterrupt):
+        on_cluster("with", Machines(stops_after=len(whole.tasks) - 2))
+    assert list(Path(".with.unfinished").glob("*.bin"))
+    without_cluster("with")
+    without_cluster("without")
+    assert contents("with") == contents("without")
+
+
+def test_an_object_store_in_and_out() -> None:
+    store = fsspec.filesystem("memory")
+    store.store.clear()
+    store.put("texts", "/texts", recursive=True)
+    machines = Machines(stops_after=25)
+
+    def prepare(machines: Machines, **options: Any) -> None:
+        corpus = open_corpus(["memory://texts"], None, Reading(), scanning(machines, Silent()))
+        settings = DatasetSettings(vocab_size=300, shard_tokens=2000, **EVERYTHING)
+        prepare_on_cluster(corpus, "memory://bucket/made", settings, machines, Silent(), **options)
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(machines)
+    assert not store.isfile("/bucket/made/dataset.json")
+    again = Machines()
+    prepare(again)
+    assert again.counts["examine"] == 0  # all were done before
+    settings = DatasetSettings(vocab_size=300, shard_tokens=2000, **EVERYTHING)
+    prepare_dataset(open_corpus(["memory://texts"], None), Path("without"), settings, Silent())
+    made = {Path(name).name: store.cat_file(name) for name in store.ls("/bucket/made", detail=False)}
+    assert made == {file.name: file.read_bytes() for file in Path("without").iterdir()}
+    assert not store.exists("/bucket/.made.unfinished")
+    with pytest.raises(SlmError, match="there is a prepared dataset already"):
+        prepare(Machines())
+    prepare(Machines(), overwrite=True)
+    with pytest.raises(SlmError, match="is a whole bucket"):
+        prepare_on_cluster(open_corpus(["texts"], None), "memory://bucket2", settings, Machines(), Silent())
+
+
+def test_a_machine_that_sees_another_file_is_named() -> None:
+    corpus = open_corpus(["texts"], None, Reading())
+    Path("texts/b2.jsonl").write_text('{"text": "changed"}\n', encoding="utf-8")
+    with pytest.raises(SlmError, match=r"b2.jsonl is another file on a machine of the cluster \(on ") as caught:
+        prepare_on_cluster(corpus, Path("out"), DatasetSettings(vocab_size=300), Machines(), Silent())
+    assert "storage that all machines mount" in (caught.value.hint or "")
+    Path("texts/b2.jsonl").unlink()
+    with pytest.raises(SlmError, match=r"b2\.jsonl is not there"):
+        source_of({"path": "texts/b2.jsonl", "fingerprint": ["texts/b2.jsonl", 1, 1]}).check()
+
+
+def test_a_machine_with_another_version_is_named() -> None:
+    spec = {"selection": {"quality": True}, "versions": {"slm": "0.0.1", "quality": "1"}}
+    with pytest.raises(SlmError, match=r"a machine of the cluster has slm .*, and the one that prepares has 0\.0\.1"):
+        result_of(run_task("hash", json.dumps(spec)))
+
+
+def test_bad_text_ends_the_command_with_its_place() -> None:
+    Path("texts/b3.jsonl").write_text('{"text": "one"}\n{"other": 1}\n', encoding="utf-8")
+    with pytest.raises(SlmError, match=r'b3.jsonl, line 2: is not a row with a "text" \(on '):
+        on_cluster("out", Machines())
+
+
+def test_text_that_cannot_be_divided_is_rejected() -> None:
+    Path("one.txt").write_text("one two three " * 1000, encoding="utf-8")
+    corpus = open_corpus(["one.txt"], None)
+    with pytest.raises(SlmError, match="a cluster divides the text by files and documents"):
+        prepare_on_cluster(corpus, Path("out"), DatasetSettings(vocab_size=300), Machines(), Silent())
+
+
+def test_all_text_removed_is_an_error() -> None:
+    with pytest.raises(SlmError, match="there is no train text"):
+        on_cluster("out", Machines(), val="texts", deduplicate=True)
+
+
+class Names:
+    """A cluster that only counts."""
+
+    def __init__(self, slots: list[int], results: list[Any]) -> None:
+        self.free, self.results, self.started, self.ended = slots, results, 0, 0
+        self.most, self.cancelled = 0, 0
+
+    def slots(self) -> int:
+        return self.free[min(self.ended, len(self.free) - 1)]
+
+    def submit(self, task: str, spec: dict[str, Any]) -> int:
+        self.started += 1
+        self.most = max(self.most, self.started - self.ended)
+        return self.started
+
+    def wait(self, handles: list[int]) -> int | None:
+        return self.results[0] if self.results and self.results[0] is None and self.results.pop(0) else handles[0]
+
+    def result(self, handle: int) -> bytes:
+        self.ended += 1
+        return b""
+
+    def cancel(self, handles: list[int]) -> None:
+        self.cancelled += len(handles)
+
+
+def some_jobs(number: int) -> Iterator[Job]:
+    return (Job(f"job {index}", "none", {}) for index in range(number))
+
+
+def test_jobs_in_flight_follow_the_cluster_and_the_limit() -> None:
+    small, growing, limited = Names([1], []), Names([1, 1, 1, 5], []), Names([9], [])
+    assert len(list(run_jobs(some_jobs(30), small, Silent()))) == 30 and small.most == 2
+    assert len(list(run_jobs(some_jobs(30), growing, Silent()))) == 30 and growing.most == 10
+    assert len(list(run_jobs(some_jobs(30), limited, Silent(), 3))) == 30 and limited.most == 3
+
+
+def test_a_cluster_without_machines_is_waited_for() -> None:
+    class Empty(Names):
+        quiet = 5
+
+        def wait(self, handles: list[int]) -> int | None:
+            self.quiet -= 1
+            return None if self.quiet > 0 else handles[0]
+
+    notes = Notes()
+    assert len(list(run_jobs(some_jobs(3), Empty([0], []), notes))) == 3
+    assert notes.lines == ["no machine is left in the cluster: waiting for one to join"]
+
+
+def test_what_is_left_running_is_cancelled() -> None:
+    cluster = Names([4], [])
+    ended = run_jobs(some_jobs(30), cluster, Silent())
+    next(ended)
+    ended.close()
+    assert cluster.cancelled == 7
+
+
+def test_shards_end_with_the_document_that_reaches_the_tokens() -> None:
+    random = np.random.default_rng(0)
+    parts = [
+        (f"p{number}", random.integers(1, 60, size).astype(np.uint64), random.integers(1, 300, size).astype(np.uint64))
+        for number, size in enumerate((5, 0, 40, 1, 17))
+    ]
+    for limit in (1, 30, 59, 100, 10**6):
+        expected: list[list[tuple[str, int, int]]] = [[]]
+        filled = 0
+        for name, tokens, sizes in parts:
+            for token, size in zip(tokens.tolist(), sizes.tolist(), strict=True):
+                expected[-1].append((name, token, size))
+                filled += token
+                if filled >= limit:
+                    expected.append([])
+                    filled = 0
+        expected = [shard for shard in expected if shard]
+        found = list(shards_of(parts, limit))
+        assert len(found) == len(expected)
+        for shard, documents in zip(found, expected, strict=True):
+            assert sum(one.tokens[1] - one.tokens[0] for one in shard) == sum(token for _, token, _ in documents)
+            assert sum(one.text[1] - one.text[0] for one in shard) == sum(size for _, _, size in documents)
+            assert sum(one.documents for one in shard) == len(documents)
+            assert [one.part for one in shard] == list(dict.fromkeys(name for name, _, _ in documents))
+    assert next(shards_of(parts, 1)) == [Slice("p0", (0, int(parts[0][1][0])), (0, int(parts[0][2][0])), 1)]
+
+
+def test_parts_cover_every_document_once() -> None:
+    sizes = ((10, 900), (1, 50_000), (400, 90_000), (3, 10), (3, 10), (2, 3_990))
+    sources = [LocalFile(Path(f"{number}.txt")) for number in range(len(sizes))]
+    ranges = [FileRange(source, 7, documents, size) for source, (documents, size) in zip(sources, sizes, strict=True)]
+    parts = parts_of("train", ranges)
+    assert [part.number for part in parts] == list(range(len(parts)))
+    pieces = [piece for part in parts for piece in part.ranges]
+    for whole in ranges:
+        mine = [piece for piece in pieces if piece.source is whole.source]
+        assert mine[0].first == 7 and sum(piece.documents for piece in mine) == whole.documents
+        assert all(one.first + one.documents == other.first for one, other in itertools.pairwise(mine))
+        assert len(mine) <= layout.MOST_PER_FILE
+    assert all(sum(piece.bytes for piece in part.ranges) <= 4000 or len(part.ranges) == 1 for part in parts)
+
+
+def test_bits_of_kept_documents() -> None:
+    kept = [True, False, True, True, False, False, False, True, True, False]
+    assert unpacked(packed(kept), len(kept)).tolist() == kept
+
+
+def test_a_job_is_done_only_with_its_key() -> None:
+    store = Store(str(Path("store").resolve()))
+    assert store.done("x.done", "key") is None
+    store.note("x.done", "key", {"documents": 3})
+    assert store.done("x.done", "key") == {"documents": 3} and store.done("x.done", "other") is None
+    Path("store/x.done").write_text("{")
+    assert store.done("x.done", "key") is None
+
+
+def test_a_write_that_fails_leaves_nothing() -> None:
+    store = Store(str(Path("store").resolve()))
+    with pytest.raises(ZeroDivisionError), store.writing("parts/x") as path:
+        path.write_bytes(b"half")
+        raise ZeroDivisionError
+    assert not list(Path("store/parts").iterdir())
+
+
+def test_without_ray_its_installation_is_named(monkeypatch: pytest.MonkeyPatch, slm: Any) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with (
+        pytest.raises(SlmError, match="--ray needs the package ray, which is not installed") as caught,
+        ray_cluster.ray_cluster("auto"),
+    ):
+        pass
+    assert caught.value.hint == "pip install 'slm-edge[ray]' on every machine"
+    result = slm("data", "prepare", "--data", "texts", "--ray", "auto", "--out", "out")
+    assert result.code == 1 and "--ray needs the package ray" in result.err and not Path("out").exists()
+    result = slm("data", "prepare", "--data", "hf:OWNER/NAME", "--ray", "auto", "--out", "out")
+    assert result.code == 2 and "--ray requires files or addresses" in result.err

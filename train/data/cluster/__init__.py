@@ -1,0 +1,1 @@
+"""Preparation of datasets on many machines, which share a file system or an object store."""
