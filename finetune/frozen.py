@@ -2,8 +2,8 @@
 
 peft's modules keep the parameters; their forward methods are replaced. Frozen matrices are cast to the type of the products
 once, where autocast would cast them in every forward pass. A projection and its adapter are one operation that saves only its
-input for the backward pass. Norms, whose gains are frozen, save only their input. Trained rows of the embedding and of the head
-are inserted where they are used; peft copies the whole table for them, and its gradient.
+input for the backward pass. Norms have frozen gains, and those before products return the type of the products. Trained rows
+of the embedding and of the head are inserted where they are used; peft copies the whole table for them, and its gradient.
 
 Dimensions: B rows, T positions, N = B · T, I inputs, O outputs, R rank, D hidden, V vocabulary.
 """
@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from slm.core.nn.fake_quant import round_weight
 from slm.core.nn.layers import RMSNorm, ScaledEmbedding
+from slm.core.nn.norm import normalize
 from slm.core.qat import QatGrid
 from slm.finetune.adapter import ADAPTER, TunableLM, trained_rows
 from slm.finetune.on_grid import adapted_on_grid, frozen_on_grid, head_on_grid, round_tables
@@ -152,35 +153,13 @@ class _Adapted(torch.autograd.Function):
 
 
 def _normed(module: RMSNorm, products: torch.dtype | None) -> Callable[[Tensor], Tensor]:
+    """Returns a norm with a frozen gain, whose output is in the type of the products if one is given."""
     gain = 1.0 + module.weight.data.float()
 
     def forward(x: Tensor) -> Tensor:
-        out: Tensor = _Normed.apply(x, gain, module.eps, products or x.dtype)
-        return out
+        return normalize(x, gain, module.eps, products)
 
     return forward
-
-
-class _Normed(torch.autograd.Function):
-    """RMSNorm with a frozen gain, computed in float32."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        values = x.float()
-        # vector_norm needs one pass over memory; squares and their mean need three.
-        length = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
-        shrink = length.square_().div_(values.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, gain, shrink)
-        return (values * shrink).mul_(gain).to(dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, gain, shrink = ctx.saved_tensors
-        values = x.float()
-        scaled = gradient.float() * gain
-        along = torch.linalg.vecdot(scaled, values)[..., None].mul_(shrink**3).div_(values.shape[-1])
-        return scaled.mul_(shrink).addcmul_(values, along, value=-1).to(x.dtype), None, None, None
 
 
 def _embed_and_head(model: TunableLM, products: torch.dtype | None) -> None:

@@ -244,20 +244,20 @@ def _bytes_per_token(recipe: Recipe, config: ModelConfig, precision: Precision, 
 def _layer_bytes(config: ModelConfig, autocast: bool, kernel: AttentionKernel, on_grid: bool) -> int:
     """Returns the bytes per position that a layer saves, without those specific to the attention kernel.
 
-    On a CPU, PyTorch composes RMSNorm from several operators and saves its input and its normalized values. On CUDA, one fused
-    kernel saves only the input (`_fused_rms_norm`); without this difference the estimate for a GPU would be a third too high.
+    A norm saves only its input: in float32 on CUDA (`_fused_rms_norm`), in the input's own type on a CPU
+    (`slm.core.nn.norm`). The inputs of two norms of a layer, and of those of queries and keys, are the results of products.
     """
     product = _PRODUCT if autocast else _FLOAT32
-    kept = 2 if kernel == "cpu" else 1
+    of_product = product if kernel == "cpu" else _FLOAT32
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
     # Four norms a layer. The five products that read a norm share two input tensors, but autocast and rounding copy them for
     # each product.
-    norms = config.hidden_size * (4 * kept * _FLOAT32 + (5 if autocast or on_grid else 2) * product)
-    # Queries and keys before and after their norms; queries, keys and values as attention reads them; its output. Only the
+    norms = config.hidden_size * (2 * _FLOAT32 + 2 * of_product + (5 if autocast or on_grid else 2) * product)
+    # Queries and keys before their norms; queries, keys and values as attention reads them; its output. Only the
     # memory-efficient kernel writes the output in the layout that the next product reads; the others need a copy.
     outputs = 1 if kernel == "efficient" else 2
-    attention = (queries + keys) * kept * _FLOAT32 + ((1 + outputs) * queries + 2 * keys) * product
+    attention = (queries + keys) * of_product + ((1 + outputs) * queries + 2 * keys) * product
     # Cosines and sines, cast for queries and for keys.
     rotation = 2 * config.head_dim * product if autocast else 0
     rounded = queries * product if on_grid else 0  # attention's own output is saved beside the one that is rounded

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slm.core.config import Activation, ModelConfig
+from slm.core.nn.norm import normalize
 
 
 class RMSNorm(nn.Module):
@@ -26,8 +27,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the normalized `x` in its own dtype and shape."""
-        normed = F.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps)
-        return normed.type_as(x)
+        gain = 1.0 + self.weight.float()
+        # On CUDA, rms_norm is one operation already; compiled code fuses it.
+        if torch.is_grad_enabled() and not (x.is_cuda or torch.compiler.is_compiling()):
+            return normalize(x, gain, self.eps)
+        return F.rms_norm(x.float(), self.weight.shape, gain, self.eps).type_as(x)
 
 
 class ScaledEmbedding(nn.Embedding):

@@ -223,6 +223,15 @@ def test_damage_in_the_store_is_found(store: Any, dataset: str) -> None:
         check_remote(dataset, remote_manifest(dataset)[0])
 
 
+def test_a_tokenizer_that_was_damaged_in_the_store_is_fetched_again(store: Any, dataset: str) -> None:
+    content = store.cat_file("/made/stories/tokenizer.json")
+    store.pipe("/made/stories/tokenizer.json", content.replace(b'"a":', b'"~a":', 1))
+    with pytest.raises(SlmError):
+        open_remote(dataset)
+    store.pipe("/made/stories/tokenizer.json", content)
+    assert open_remote(dataset).manifest.train.documents
+
+
 def test_an_interrupted_copy_continues(dataset: str, downloads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     fetch, left = text.fetch, [5]
 

@@ -99,7 +99,13 @@ def local_copy(address: str, sha256: str | None = None, progress: Progress | Non
             _fetch(address, place, name, shards.get(name))
             checked.note(name, wanted[name] if name in shards else sha256_file(place / name))
         checked.save()
-        yield place
+        try:
+            yield place
+        except SlmError:
+            # The manifest has a hash of the tokenizer, which only loading it can compare: the next copy fetches it again.
+            for name in _TOKENIZER_FILES:
+                renames.remove_file(place / name)
+            raise
 
 
 def check_remote(address: str, manifest: DatasetManifest) -> None:
