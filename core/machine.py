@@ -188,11 +188,11 @@ def _return_all_freed_memory() -> None:
 
 def _of_libc(name: str) -> Callable[..., int] | None:
     """Returns a function of glibc; None where the C library does not have it (musl, macOS, Windows)."""
-    if sys.platform != "linux":
-        return None
-    import ctypes
+    found: Callable[..., int] | None = None
+    if sys.platform == "linux":
+        import ctypes
 
-    found: Callable[..., int] | None = getattr(ctypes.CDLL(None), name, None)
+        found = getattr(ctypes.CDLL(None), name, None)
     return found
 
 
