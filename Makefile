@@ -10,7 +10,7 @@ FILES  := $(sort $(shell find $(dir $(wildcard */__init__.py)) src -name '*.py' 
 # In a GPU's environment onnxruntime-gpu stands in the place of onnxruntime, which has the same import name. `make install-gpu`
 # makes such an environment, and every later target keeps it one.
 GPU         := $(wildcard $(VENV)/.gpu)
-EXTRAS      := $(if $(GPU),cuda,cpu),train,serve,tools
+EXTRAS      := $(if $(GPU),cuda,cpu),train,data,serve,tools
 CONSTRAINTS := --constraint constraints.txt$(if $(GPU), --constraint constraints-cuda.txt)
 
 .PHONY: install install-gpu web web-engine demo test test-fast test-slow test-fuzz test-oldest test-pythons test-edge dist check-tag hashes peers test-peers test-fake-cuda test-cpus test-arm64 test-gpu test-real check check-workflows format docs bench bench-peers bench-browser bench-serve shipped-model clean FORCE

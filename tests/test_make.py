@@ -34,7 +34,7 @@ def made(target: str, venv: Path) -> list[str]:
 
 def test_an_environment_for_the_cpu(venv: Path) -> None:
     [installed, _] = made("install", venv)
-    assert "'.[cpu,train,serve,tools]'".strip("'") in installed
+    assert "'.[cpu,train,data,serve,tools]'".strip("'") in installed
     assert "--constraint constraints.txt" in installed and "constraints-cuda.txt" not in installed
     assert made("install", venv) == []  # once
 
@@ -43,7 +43,7 @@ def test_an_environment_for_a_gpu_has_one_onnxruntime_and_keeps_it(venv: Path) -
     made("install", venv)  # which would have brought onnxruntime
     removed, installed, _ = made("install-gpu", venv)
     assert " uninstall " in removed and removed.endswith("onnxruntime onnxruntime-gpu")
-    assert ".[cuda,train,serve,tools]" in installed
+    assert ".[cuda,train,data,serve,tools]" in installed
     assert "--constraint constraints.txt --constraint constraints-cuda.txt" in installed
     assert made("install-gpu", venv) == [] and made("install", venv) == []
     (venv / ".installed").unlink()  # as if something had changed
@@ -52,9 +52,9 @@ def test_an_environment_for_a_gpu_has_one_onnxruntime_and_keeps_it(venv: Path) -
 
 def test_the_tools_bring_no_onnxruntime() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    for name in ("train", "serve", "tools", "convert"):
+    for name in ("train", "data", "serve", "tools", "convert"):
         assert not any(re.match(r"onnxruntime|slm-edge\[.*(cpu|cuda|all)", each) for each in extras[name]), name
-    assert set(extras["dev"]) == {"slm-edge[all,tools]"} and set(extras["all"]) == {"slm-edge[cpu,train,serve]"}
+    assert set(extras["dev"]) == {"slm-edge[all,data,tools]"} and set(extras["all"]) == {"slm-edge[cpu,train,serve]"}
 
 
 def test_both_sets_have_the_same_pytorch() -> None:

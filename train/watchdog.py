@@ -74,6 +74,8 @@ class Watchdog:
             self._thread.join()
             if self._settings.abort:
                 faulthandler.cancel_dump_traceback_later()
+        # Usually a method of the run, which owns this watch: without the cycle, its memory and its mapped files are freed at once.
+        self._report = _ignore
 
     def beat(self) -> None:
         """Notes that the run goes on."""
@@ -187,6 +189,10 @@ class Watchdog:
             print("watchdog.abort: the stacks of this process, which ends now:", file=sys.__stderr__, flush=True)
             faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
         os._exit(HUNG)
+
+
+def _ignore(*_: object) -> None:
+    pass
 
 
 def _minutes(seconds: float) -> str:

@@ -284,12 +284,21 @@ def test_the_container_quota_is_said(slm: Slm, monkeypatch: pytest.MonkeyPatch, 
     assert "quota is 0.5" in said["value"] and "more CPU" in said["advice"]
 
 
-def test_a_cpu_without_amx_trains_in_float32(slm: Slm, monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
+def test_a_cpu_without_bfloat16_trains_in_float32(slm: Slm, monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    report = json.loads(slm("doctor", "--json").out)
-    assert set(report["training_dtype"]["presets"].values()) == {"float32"}
-    assert "no AMX" in report["training_dtype"]["why"]
+    monkeypatch.setattr("slm.train.precision.bfloat16_instructions", list)
+    found = json.loads(slm("doctor", "--json").out)["training_dtype"]
+    assert set(found["presets"].values()) == {"float32"} and found["bfloat16_speedup"] == {}
+    assert found["why"] == "the CPU has no instructions for bfloat16"
+
+
+def test_a_cpu_with_bfloat16_is_measured(slm: Slm, monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("slm.train.precision.bfloat16_instructions", lambda: ["AVX-512 BF16"])
+    monkeypatch.setattr("slm.train.trial._speedup", lambda shape: 2.0 if '"hidden_size":640' in shape else 1.1)
+    found = json.loads(slm("doctor", "--json").out)["training_dtype"]
+    assert found["presets"] == {"gemma3-270m": "bfloat16 autocast", "stories-4m": "float32", "tiny": "float32"}
+    assert found["why"].endswith("with AVX-512 BF16; a layer is faster by 2.0 (gemma3-270m), 1.1 (stories-4m)")
 
 
 @pytest.fixture

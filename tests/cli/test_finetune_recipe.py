@@ -125,7 +125,7 @@ def test_every_option_of_training_has_its_value_in_the_recipe_with_the_same_defa
             assert option.type.max is not None
             FinetuneSettings.checked(**{field: option.type.max} if not option.type.max_open else {})
     # These follow from --lora and --full, or have no option.
-    assert FinetuneSettings.model_fields.keys() - found == {"method", "max_grad_norm"}
+    assert FinetuneSettings.model_fields.keys() - found == {"method", "max_grad_norm", "skip_spikes"}
     samples = options()["samples"]
     assert samples.default == FinetuneRecipe().samples
     elsewhere = {"recipe", "set", "lora", "full", "overwrite", "dry_run", "as_json", "help"}

@@ -243,7 +243,7 @@ def test_processes_of_commands_start_in_a_strangers_directory(
     assert fresh_process(Path(here), 4, new=2)["load_ms"] > 0
     assert step_with("CPUExecutionProvider")[1].loads
     with _Pool(Path(os.path.relpath(shared_checkpoint / "tokenizer.json")), 1) as pool:
-        assert pool.encode([b"Once"]).result() != []
+        assert pool.ask([b"Once"]).result() != []
     assert render("{{ messages[0].content }}", [{"role": "user", "content": "hi"}], {}) == "hi"
     assert stranger() == ""
 

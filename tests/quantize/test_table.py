@@ -138,7 +138,7 @@ def test_a_lookup_has_less_error_of_its_own() -> None:
 
 def test_sizes_and_one_table(source: Bundle, text: TokenRows, tmp_path: Path) -> None:
     eight, at_8 = make(source, tmp_path / "8", text, head_bits=8, prefer="size")
-    four, report = make(source, tmp_path / "4", text, head_bits=4)
+    four, report = make(source, tmp_path / "4", text, head_bits=4, prefer="quality")
     config = source.config
     assert four.manifest.quantization is not None
     scheme = four.manifest.quantization.schemes[EMBEDDING]

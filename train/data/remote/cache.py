@@ -59,7 +59,7 @@ def entry(kind: str, key: str, size: int, what: str) -> Iterator[Path]:
         with sole(place, wait_s=_WAIT_S, doing=f"fetches {what}"):
             place.mkdir(parents=True, exist_ok=True)
             with sole(root / "room", wait_s=_WAIT_S, doing="makes room in the cache"):
-                (place / _SIZE_FILE).write_text(str(size), encoding="ascii")
+                (place / _SIZE_FILE).write_text(str(size), encoding="ascii", newline="")
                 os.utime(place)
                 _make_room(root, place, size, what)
             yield place
