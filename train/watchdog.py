@@ -74,7 +74,7 @@ class Watchdog:
             self._thread.join()
             if self._settings.abort:
                 faulthandler.cancel_dump_traceback_later()
-        # Usually a method of the run, which owns this watch: without the cycle, its memory and its mapped files are freed at once.
+        # A method of the run, which owns this watch: without the cycle, its memory and mapped files are freed at once.
         self._report = _ignore
 
     def beat(self) -> None:
