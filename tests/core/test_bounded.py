@@ -15,7 +15,9 @@ from tests.core.test_template import BAD, CONVERSATION
 
 # Without a timer of processor time and `resource`, as on Windows; macOS lacks the limit of memory alone.
 WITHOUT = {
-    "windows": "import signal, sys; del signal.setitimer; sys.modules['resource'] = None; sys.platform = 'win32'\n",
+    # The standard library is imported first: since Python 3.13, parts of it import modules that only a real Windows has.
+    "windows": "import shutil, signal, subprocess, sys\n"
+    "del signal.setitimer; sys.modules['resource'] = None; sys.platform = 'win32'\n",
     "macos": "import sys; sys.platform = 'darwin'; import resource; set = resource.setrlimit\n"
     "def setrlimit(what, limits):\n    if what == resource.RLIMIT_AS: raise ValueError('current limit exceeds maximum limit')\n"
     "    set(what, limits)\nresource.setrlimit = setrlimit\n",
