@@ -208,13 +208,13 @@ def _not_found(name: str, path: Path, kinds: Sequence[Kind], others: Sequence[st
     if near and not (hub and not any("/" in each for each in near)):
         return SlmError(message, f"did you mean {' or '.join(near)}?")
     if _is_text(name):
-        return SlmError(message, f"pass a prompt with -p: slm generate -p {_quoted(name)}")
+        return SlmError(message, f"to continue that text: slm generate -p {_quoted(name)}")
     if hub:
         return SlmError(message, f"to import a model from the Hugging Face hub: slm import {name}")
     if known:
         more = f" and {len(known) - _LISTED} more" if len(known) > _LISTED else ""
         prompt = (
-            "; pass a prompt with -p"
+            f"; to continue that text: slm generate -p {name}"
             if "bundle" in kinds and "checkpoint" in kinds and "adapter" not in kinds and name.isalpha()
             else ""
         )

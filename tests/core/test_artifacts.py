@@ -242,7 +242,7 @@ def test_names() -> None:
         ("tiny/data", MODEL, "neither a checkpoint nor a bundle", "--adapter runs/tiny/adapters/data"),
         ("tiny/onnx", ("adapter",), "not an adapter: runs/tiny/onnx is a bundle", "slm finetune"),
         ("words.txt", MODEL, "neither a checkpoint nor a bundle: words.txt", "slm train"),
-        ("Once", MODEL, "not found: Once", "pass a prompt with -p"),
+        ("Once", MODEL, "not found: Once", "to continue that text: slm generate -p Once"),
         ("../tiny", MODEL, "not found: ../tiny", ""),
         ("", MODEL, "the name of an artifact is empty", ""),
         ("a long text " * 99, MODEL, "not found: a long text", "slm generate -p"),
