@@ -35,10 +35,10 @@ def post(running: Any, of: str, change: dict[str, Any]) -> httpx.Response:
 def test_a_conversation_is_continued_with_its_answers(running: Any) -> None:
     client, messages = running.client(), list(ASKED)
     for _ in range(3):
-        answer = client.chat.completions.create(model=NAME, messages=messages, max_tokens=3)
+        answer = client.chat.completions.create(model=NAME, messages=messages, max_tokens=3, temperature=0)
         messages += [answer.choices[0].message, {"role": "user", "content": "Another?"}]
     whole = answer.choices[0].message.model_dump()  # with every field that the client knows, unset ones null
-    answer = client.chat.completions.create(model=NAME, messages=[*ASKED, whole, *ASKED], max_tokens=3)
+    answer = client.chat.completions.create(model=NAME, messages=[*ASKED, whole, *ASKED], max_tokens=3, temperature=0)
     assert answer.choices[0].finish_reason == "length"
 
 
