@@ -1,20 +1,23 @@
 """What a change to `modern` is worth in held-out loss, at equal tokens and at equal processor time.
 
+The base is `modern` with the optimizer that it had until these measurements: plain Muon, momentum 0.95, betas 0.9 and 0.95.
+
     slm data prepare --data train.txt --val valid.txt --vocab-size 2048 --out datasets/small
     python benchmarks/variants.py datasets/small OUT --list
     python benchmarks/variants.py datasets/small OUT --seeds 0                     # every variant once
     python benchmarks/variants.py datasets/small OUT --only normuon,tail --seeds 0,1,2
     python benchmarks/variants.py datasets/small OUT --size 2m --only base,normuon --tokens 1048576
     python benchmarks/variants.py datasets/small OUT --table                       # runs nothing
+    python benchmarks/variants.py datasets/small OUT --table --only base,normuon --picture variants.png
 
-Each variant is `modern` with some values set. All runs of a table share model, data, tokens, held-out windows, float32 and one
+Each variant is the base with some values set. All runs of a table share model, data, tokens, held-out windows, float32 and one
 thread. A complete schedule belongs to each budget. Results are appended to OUT/results.jsonl as soon as a run ends, and runs
 that are there already with the same settings are skipped: a sweep that was stopped continues with the same command.
 
-`--costs` measures the processor time of an update of each variant and of its reference, in turns, in one process: times of
-whole runs depend too much on what else the machine does. The result is OUT/costs.json. `--equal-time` then adds a run for each
-variant whose update costs more or less than its reference's, with the tokens that take the same time. `--budgets` runs the
-references with other budgets too, from which the table computes how many tokens they need for each variant's loss.
+`--costs` measures the processor time a token of each variant and of its reference, one update of each in turns, in one process:
+times of whole runs depend too much on what else the machine does. The result is OUT/costs.json. `--equal-time` then adds a run
+for each variant whose token costs more or less than its reference's, with the tokens that take the same time. `--budgets` runs
+the references with other budgets too, from which the table computes how many tokens they need for each variant's loss.
 """
 
 import argparse
@@ -35,6 +38,7 @@ from typing import Any
 from recipes import MODEL
 
 BASE = "base"
+_BEFORE = ["optimizer.name=muon", "optimizer.momentum=0.95", "optimizer.embedding_betas=null"]
 # A width and depth whose blocks weigh more than the embedding; 2,019,264 parameters.
 SIZES: dict[str, list[str]] = {
     "0.5m": MODEL,
@@ -48,12 +52,13 @@ SIZES: dict[str, list[str]] = {
     ],
 }
 RESULTS, COSTS = "results.jsonl", "costs.json"
-ROWS = 16 * 128  # tokens of an update
+UPDATE = 16 * 128  # tokens of an update
 # Rows of whole stories, the same tokens an update.
 _LONG = ["batch.context=512", "batch.batch_size=4", "evaluation.context=512", "evaluation.windows=128"]
 
 _NORMUON = "optimizer.name=normuon"
 _SHORT = ["optimizer.momentum=0.9", "optimizer.embedding_betas=[0.8, 0.95]"]
+_SMALL = ["batch.batch_size=8", "schedule.learning_rate=0.007"]  # half of the tokens an update, 0.7 of the rate
 
 # The values that each variant sets on top of the base.
 VARIANTS: dict[str, list[str]] = {
@@ -94,6 +99,16 @@ VARIANTS: dict[str, list[str]] = {
     # an ensemble of two base runs with other seeds, whose training is not counted
     "teachers-0.3": ["distillation.weight=0.3"],
     "teachers-0.7": ["distillation.weight=0.7"],
+    # updates of 1,024 tokens, and of 4,096
+    "small-updates": _SMALL,
+    "small-updates-same-rate": ["batch.batch_size=8"],
+    "large-updates": ["batch.batch_size=32", "schedule.learning_rate=0.014"],
+    # schedule and initial weights
+    "decay-from-start": ["schedule.decay=0.95"],
+    "rate-1.5": ["schedule.learning_rate=0.015"],
+    "embedding-rate-6": ["optimizer.embedding_rate=6"],
+    "initial-0.01": ["model.initializer_range=0.01"],
+    "initial-0.04": ["model.initializer_range=0.04"],
     # combinations
     "shorter-memories": _SHORT,
     "shorter-memories-rate-2": [*_SHORT, "optimizer.matrix_rate=2"],
@@ -101,6 +116,8 @@ VARIANTS: dict[str, list[str]] = {
     "shorter-memories-normuon-cautious": [*_SHORT, _NORMUON, "optimizer.cautious=true", "optimizer.weight_decay=0.3"],
     "shorter-memories-normuon-rows": [*_SHORT, _NORMUON, "batch.first_context=32"],
     "normuon-momentum-0.9": [_NORMUON, "optimizer.momentum=0.9"],
+    "shorter-memories-normuon-small-updates": [*_SHORT, _NORMUON, *_SMALL],
+    "shortest-memories-normuon": ["optimizer.momentum=0.85", "optimizer.embedding_betas=[0.5, 0.95]", _NORMUON],
 }
 # What a variant is compared with, if not with the base: losses in other windows cannot be compared.
 REFERENCES = {"rows-512": "rows-512", "rows-512-from-64": "rows-512", "best-fit-512": "rows-512"}
@@ -118,7 +135,7 @@ class Run:
         variant: Name of the variant.
         seed: Seed.
         tokens: Tokens, rounded down to whole updates.
-        overrides: Every value that differs from the recipe `modern`.
+        overrides: Every value that differs from the base at full size.
     """
 
     variant: str
@@ -129,7 +146,8 @@ class Run:
 
 def planned(size: str, variant: str, seed: int, tokens: int) -> Run:
     """Returns a run of a variant with a complete schedule for its budget."""
-    micro_steps = tokens // ROWS
+    update = _tokens_an_update(variant)
+    micro_steps = tokens // update
     overrides = [
         *SIZES[size],
         f"seed={seed}",
@@ -145,7 +163,12 @@ def planned(size: str, variant: str, seed: int, tokens: int) -> Run:
         "evaluation.prompts=[]",
         *VARIANTS[variant],
     ]
-    return Run(variant, seed, micro_steps * ROWS, overrides)
+    return Run(variant, seed, micro_steps * update, overrides)
+
+
+def _tokens_an_update(variant: str) -> int:
+    settings = dict(value.split("=", 1) for value in VARIANTS[variant])
+    return int(settings.get("batch.batch_size", 16)) * int(settings.get("batch.context", 128))
 
 
 def measure(dataset: str, out: Path, size: str, run: Run) -> None:
@@ -170,7 +193,7 @@ def measure(dataset: str, out: Path, size: str, run: Run) -> None:
     path = _place(out, size, run)
     shutil.rmtree(path, ignore_errors=True)
     more = [f"data.train={dataset}", "log=[]", *_further(out, size, run)]
-    result = train(load_recipe("modern", [*run.overrides, *more]), path)
+    result = train(load_recipe("modern", [*_BEFORE, *run.overrides, *more]), path)
     rows = map(json.loads, (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     row = {
         "size": size,
@@ -234,7 +257,7 @@ def equal_time(out: Path, size: str, variants: Sequence[str], seeds: Sequence[in
 
 
 def measure_costs(dataset: str, out: Path, size: str, variants: Sequence[str], rounds: int) -> None:
-    """Writes the processor time of an update of each variant, in units of its reference's: the median over the rounds."""
+    """Writes the processor time of a token of each variant, in units of its reference's: the median over the rounds."""
     import torch
 
     torch.set_num_threads(1)
@@ -244,6 +267,7 @@ def measure_costs(dataset: str, out: Path, size: str, variants: Sequence[str], r
         if name == reference:
             continue
         updates = [_update(dataset, out, size, each) for each in (reference, name)]
+        tokens = _tokens_an_update(reference) / _tokens_an_update(name)
         ratios = []
         for number in range(-2, rounds):
             times = []
@@ -252,7 +276,7 @@ def measure_costs(dataset: str, out: Path, size: str, variants: Sequence[str], r
                 update(number + 2)
                 times.append(time.process_time() - began)
             if number >= 0:  # the first updates also allocate
-                ratios.append(times[1] / times[0])
+                ratios.append(times[1] / times[0] * tokens)
         known[f"{size} {name}"] = round(median(ratios), 3)
         print(f"{size} {name}: {median(ratios):.3f} of the processor time of {reference}", flush=True)
         (out / COSTS).write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
@@ -268,8 +292,8 @@ def _update(dataset: str, out: Path, size: str, variant: str) -> Callable[[int],
     from slm.train.precision import FLOAT32
     from slm.train.recipe import load_recipe
 
-    run = planned(size, variant, 0, 128 * ROWS)
-    recipe = load_recipe("modern", [*run.overrides, *_further(out, size, run)])
+    run = planned(size, variant, 0, 128 * UPDATE)
+    recipe = load_recipe("modern", [*_BEFORE, *run.overrides, *_further(out, size, run)])
     device, tokens = torch.device("cpu"), open_dataset(Path(dataset)).train
     model = build_model(recipe, recipe.model.config(), device, None)
     learner = build_learner(recipe, model, tokens, device, FLOAT32, None, Alone())
@@ -338,9 +362,26 @@ def _rows(out: Path, size: str, variant: str, tokens: int) -> list[dict[str, Any
 
 
 def _costs(out: Path) -> dict[str, float]:
-    """Returns the processor time of an update by size and variant, in units of its reference's."""
+    """Returns the processor time of a token by size and variant, in units of its reference's."""
     file = out / COSTS
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def draw(out: Path, size: str, variants: Sequence[str], picture: Path) -> None:
+    """Draws the loss at the end of each run over its tokens: a point for each seed, and the mean of each budget."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for number, name in enumerate(variants):
+        rows = [row for row in results(out) if (row["size"], row["variant"]) == (size, name)]
+        axes.plot([row["tokens"] for row in rows], [row["loss"] for row in rows], "o", color=f"C{number}", markersize=3)
+        tokens, losses = zip(*_budgets(out, size, name), strict=True)
+        axes.plot(tokens, losses, color=f"C{number}", label=name)
+    axes.set(xscale="log", xlabel="tokens, a complete schedule each", ylabel="held-out loss (nats a token)")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(picture, dpi=110)
 
 
 def main() -> None:
@@ -358,6 +399,7 @@ def main() -> None:
     parser.add_argument("--equal-time", action="store_true", help="run each variant for the base's processor time too")
     parser.add_argument("--list", action="store_true", help="print the variants and what is still to be run")
     parser.add_argument("--table", action="store_true", help="print the table, and run nothing")
+    parser.add_argument("--picture", type=Path, help="draw the variants' losses over their budgets, as a PNG file")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     names, seeds = args.only.split(","), [int(seed) for seed in args.seeds.split(",")]
@@ -365,7 +407,7 @@ def main() -> None:
     if unknown:
         parser.error(f"no variant {unknown[0]!r}; there is {', '.join(VARIANTS)}")
     args.out.mkdir(parents=True, exist_ok=True)
-    tokens = args.tokens // ROWS * ROWS
+    tokens = args.tokens // UPDATE * UPDATE
     wanted = [planned(args.size, name, seed, tokens) for seed in seeds for name in names]
     if any(name.startswith("teachers") for name in names):
         wanted = [*(planned(args.size, BASE, seed, tokens) for seed in TEACHERS), *wanted]
@@ -390,6 +432,8 @@ def main() -> None:
         if args.equal_time:
             later = list(equal_time(args.out, args.size, [n for n in names if n != BASE], seeds, tokens))
             run_all(args.dataset, args.out, args.size, later, args.jobs)
+    if args.picture:
+        draw(args.out, args.size, names, args.picture)
     rows = table(args.out, args.size, tokens)
     for row in rows:
         print(
