@@ -23,7 +23,7 @@ from slm.train.learner import Learner, Objective, UpdateSettings
 from slm.train.optimizer import make_optimizers
 from slm.train.parallel import Processes, check_even, launched, local_rank, share_of, shared_like
 from slm.train.precision import Precision, restore_scaler
-from slm.train.qat import rounded_from_start
+from slm.train.qat import first_rounded_update, rounded_from_start
 from slm.train.recipe import Recipe
 from slm.train.schedule import Schedule, ramp
 from slm.train.spikes import SpikeGuard
@@ -170,10 +170,12 @@ def build_learner(
     optimizers = make_optimizers(model, recipe.optimizer)
     batches = partial(_batch, recipe, tokens, mine, processes.rank, device)
 
+    left_out_before = 0 if saved is None else saved.counters.spikes.left_out
+
     def batch(micro_step: int) -> tuple[Any, ...]:
-        """Returns the batch of a micro-step, behind the data that rewinding left out."""
-        left_out = 0 if guard is None else guard.left_out * recipe.batch.accumulation
-        return batches(micro_step + left_out, recipe.context_at(micro_step))
+        """Returns the batch of a micro-step, behind the data that rewinding left out, also before it was switched off."""
+        left_out = left_out_before if guard is None else guard.left_out
+        return batches(micro_step + left_out * recipe.batch.accumulation, recipe.context_at(micro_step))
 
     learner = Learner(
         objective,
@@ -215,7 +217,12 @@ def make_guard(recipe: Recipe, counters: Counters) -> SpikeGuard | None:
         "try a lower schedule.learning_rate or a longer warm-up in config.yaml, then --resume; spikes.limit and "
         "spikes.threshold can be raised there too"
     )
-    guard = SpikeGuard(spikes.action, spikes.threshold, spikes.window, spikes.limit, advice)
+    first_rounded = first_rounded_update(recipe)
+
+    def phase(update: int) -> tuple[int, bool]:
+        return recipe.context_at(update * recipe.batch.accumulation), update >= first_rounded
+
+    guard = SpikeGuard(spikes.action, spikes.threshold, spikes.window, spikes.limit, advice, phase)
     guard.restore(counters.spikes)
     return guard
 
@@ -303,7 +310,11 @@ def _batch(
         rows = packing.drawn(seed, micro_step * batch.batch_size, batch.batch_size)[mine]
         shorter = [tensor.reshape(-1, length) for tensor in packing.gather(rows, device)]
         return *shorter, _share_of_update(recipe, packing, rows, micro_step)
-    starts = SAMPLERS[recipe.data.sampler](len(ids), batch.batch_size, batch.context, seed, micro_step)[mine]
+    # Drawn for the update as a whole, so that its windows do not depend on how they are divided among micro-steps.
+    update, part = divmod(micro_step, batch.accumulation)
+    windows = batch.accumulation * batch.batch_size
+    all_starts = SAMPLERS[recipe.data.sampler](len(ids), windows, batch.context, seed, update)
+    starts = all_starts[part * batch.batch_size : (part + 1) * batch.batch_size][mine]
     inputs, targets = gather(ids, starts, batch.context, device)
     return inputs.reshape(-1, length), targets.reshape(-1, length)  # shorter rows at first, of the same tokens
 

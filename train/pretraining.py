@@ -127,7 +127,7 @@ class Pretraining(Task):
 
     @override
     def update(self, check: Check) -> None:
-        if self._rewinds and self._updates % self._rewind_every == 0 and self._rewind_point != self.micro_steps:
+        if self._rewinds and not self._has_rewind_point():
             self._save(None, rewind_point=True)
             self._rewind_point = self.micro_steps
         began = time.perf_counter()
@@ -147,6 +147,15 @@ class Pretraining(Task):
         self._record(update, tokens / seconds)
         if self.watchdog is not None:
             self.watchdog.updated(tokens, seconds, update.data_s)
+
+    def _has_rewind_point(self) -> bool:
+        """Returns whether there is a state to rewind to since the last multiple of the interval.
+
+        There is none at such a multiple, and none where rewinding was switched on when the run was resumed.
+        """
+        interval = self._rewind_every * self._plan.accumulation
+        least = self.micro_steps // interval * interval
+        return self._rewind_point is not None and least <= self._rewind_point <= self.micro_steps
 
     def _warn(self, kind: Literal["slow", "hang"], told: str, numbers: Row) -> None:
         self._metrics.add(kind, {**self._position(), **numbers})
@@ -240,6 +249,8 @@ class Pretraining(Task):
         }
         if self._guard is not None:
             now["spikes"] = self._guard.state()
+        else:  # a guard that is switched on later must not judge by updates of long before
+            now["spikes"] = self.counters.spikes.without_statistic()
         self._actions.save(self.counters.model_copy(update=now), number, rewind_point=rewind_point)
 
     @override

@@ -24,6 +24,8 @@ MakeRecipe = Callable[..., Recipe]
 Rows = Callable[[Path], list[dict[str, Any]]]
 OUT = Path("runs/small")
 _MIB = 1 << 20
+# float32 sums in another order, over six updates.
+ROUNDING = 2e-5
 
 
 def auto(*overrides: str, name: str = "modern") -> Recipe:
@@ -59,6 +61,25 @@ def test_micro_steps_of_another_size_are_the_same_updates() -> None:
     assert larger.evaluation.every_micro_steps * 64 == recipe.evaluation.every_micro_steps * 16
     assert larger.course == recipe.course
     assert resized(resized(recipe, 2), 16).schedule == recipe.schedule
+
+
+def test_a_length_in_passes_is_the_same_number_of_updates() -> None:
+    recipe = load_recipe("modern", ["schedule.epochs=1"])  # 64 windows of 512 tokens an update
+    for tokens, updates in ((64 * 512 * 99 + 20_000, 100), (64 * 512 * 99 + 10_000, 99)):
+        assert {resized(recipe, size).for_tokens(tokens).updates for size in (1, 4, 16, 64)} == {updates}
+
+
+@pytest.mark.parametrize("sampler", ["random", "packed", "best_fit"])
+def test_an_update_has_the_same_windows_however_it_is_divided(
+    small_recipe: MakeRecipe, rows: Rows, sampler: str
+) -> None:
+    recipe = small_recipe(data={"sampler": sampler}, batch={"batch_size": 4, "accumulation": 2, "first_context": 6})
+    losses = {}
+    for size in (2, 4, 8):
+        run = Path(f"of-{size}")
+        train(resized(recipe, size), run)
+        losses[size] = [row["loss"] for row in rows(run) if row["type"] == "train"]
+    assert losses[2] == pytest.approx(losses[4], rel=ROUNDING) == losses[8]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
