@@ -217,14 +217,19 @@ def make_guard(recipe: Recipe, counters: Counters) -> SpikeGuard | None:
         "try a lower schedule.learning_rate or a longer warm-up in config.yaml, then --resume; spikes.limit and "
         "spikes.threshold can be raised there too"
     )
+    guard = SpikeGuard(spikes.action, spikes.threshold, spikes.window, spikes.limit, advice, phase_of(recipe))
+    guard.restore(counters.spikes)
+    return guard
+
+
+def phase_of(recipe: Recipe) -> Callable[[int], tuple[int, bool]]:
+    """Returns what distinguishes updates by their numbers, from 0: the length of rows, and whether products are rounded."""
     first_rounded = first_rounded_update(recipe)
 
     def phase(update: int) -> tuple[int, bool]:
         return recipe.context_at(update * recipe.batch.accumulation), update >= first_rounded
 
-    guard = SpikeGuard(spikes.action, spikes.threshold, spikes.window, spikes.limit, advice, phase)
-    guard.restore(counters.spikes)
-    return guard
+    return phase
 
 
 def build_average(recipe: Recipe, model: CausalLM, updates: int) -> WeightAverage | None:

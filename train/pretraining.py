@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Literal, Protocol
 
 import torch
@@ -76,6 +76,7 @@ class Pretraining(Task):
         rewind_every: int = 0,
         watch: WatchdogRecipe | None = None,
         processes: int = 1,
+        phase: Callable[[int], Hashable] = lambda _: None,
     ) -> None:
         """Prepares the task.
 
@@ -91,6 +92,7 @@ class Pretraining(Task):
             rewind_every: Interval between the states to which a spike can rewind, in updates.
             watch: What counts as slow and as a hang; None watches nothing.
             processes: Number of processes that train together.
+            phase: What is trained in an update, by its number from 0; see `slm.train.watchdog.Watchdog.updated`.
         """
         self.counters = counters
         self._tokens = tokens
@@ -99,6 +101,7 @@ class Pretraining(Task):
         self._guard, self._rewind_every = guard, rewind_every
         self._rewinds = guard is not None and guard.action == "rewind"
         self._rewind_point = actions.rewind_position() if self._rewinds else None
+        self._phase = phase
         self.watchdog = None if watch is None else Watchdog(watch, self._warn, processes)
         self.began = time.perf_counter() - counters.elapsed_s
         self._micro_steps_timed = 0
@@ -130,6 +133,7 @@ class Pretraining(Task):
         if self._rewinds and not self._has_rewind_point():
             self._save(None, rewind_point=True)
             self._rewind_point = self.micro_steps
+            self._beat()
         began = time.perf_counter()
 
         def after_micro_step() -> None:
@@ -140,13 +144,18 @@ class Pretraining(Task):
         update = self._learner.update(self.micro_steps, after_micro_step)
         if update.spike is not None:
             self._spiked(update.spike)
+            self._beat()
             return
         self._made()
         seconds = time.perf_counter() - began
         tokens = self._tokens(self.micro_steps) - self._tokens(self.micro_steps - self._plan.accumulation)
         self._record(update, tokens / seconds)
         if self.watchdog is not None:
-            self.watchdog.updated(tokens, seconds, update.data_s)
+            self.watchdog.updated(tokens, seconds, update.data_s, self._phase(self._updates - 1))
+
+    def _beat(self) -> None:
+        if self.watchdog is not None:
+            self.watchdog.beat()
 
     def _has_rewind_point(self) -> bool:
         """Returns whether there is a state to rewind to since the last multiple of the interval.
@@ -158,8 +167,8 @@ class Pretraining(Task):
         return self._rewind_point is not None and least <= self._rewind_point <= self.micro_steps
 
     def _warn(self, kind: Literal["slow", "hang"], told: str, numbers: Row) -> None:
+        self._progress.note(f"warning: {told}")  # first: a disk that does not answer may be the cause
         self._metrics.add(kind, {**self._position(), **numbers})
-        self._progress.note(f"warning: {told}")
 
     def _made(self) -> None:
         """Takes an update into account. One that was left out for a spike counts too, as one that overflowed in float16."""
@@ -216,6 +225,7 @@ class Pretraining(Task):
     def evaluate(self, check: Check) -> None:
         """Evaluates the current weights, draws samples, and keeps the weights if they are the best so far."""
         measured = self._actions.evaluate(check)
+        self._beat()
         if not math.isfinite(measured.loss):
             raise FloatingPointError(f"the validation loss is {measured.loss}")
         row = {
@@ -227,7 +237,10 @@ class Pretraining(Task):
         best = self._metrics.best
         if self.micro_steps > 0 and (best is None or measured.loss < best["loss"]):
             self._actions.keep_best(row)  # before the row is written that claims it
-        for prompt, text in self._actions.samples():
+            self._beat()
+        samples = self._actions.samples()
+        self._beat()
+        for prompt, text in samples:
             self._metrics.add("sample", {**self._position(), "prompt": prompt, "text": text})
             self._progress.note(f"sample: {text!r}")
         self._metrics.add("eval", row)

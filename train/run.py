@@ -26,6 +26,7 @@ from slm.train.build import (
     check_machine,
     make_guard,
     packing_of,
+    phase_of,
     pick_device,
     positions_of,
     restore,
@@ -249,6 +250,7 @@ class _Run(Actions):
             rewind_every=recipe.spikes.every_updates,
             watch=recipe.watchdog,
             processes=self.processes.size,
+            phase=phase_of(recipe),
         )
         with held_back() as interruption, self.metrics.logs, freed_memory_kept():
             loop = Loop(plan, task, interruption, self.processes, self.progress, task.watchdog)

@@ -333,7 +333,7 @@ class WatchdogRecipe(Section):
 
     Attributes:
         slow_share: The run is slow below this share of its own median tokens per second.
-        slow_minutes: How long it is slow before a warning; None disables the warning.
+        slow_minutes: Time of training over which it is slow before a warning; None disables the warning.
         hang_minutes: How long no micro-step, evaluation batch or save ends before a warning; None disables it.
         abort: Whether a process that hangs prints the stacks of its threads and ends, so that torchrun restarts it.
     """
