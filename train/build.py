@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from slm.train.recipe import Recipe
 from slm.train.schedule import Schedule, ramp
 from slm.train.spikes import SpikeGuard
 from slm.train.state import Counters, SavedState
-from slm.train.teacher import Ensemble, FrozenModel
+from slm.train.teacher import Ensemble, FrozenModel, teacher_paths
 
 _MUONS = {"muon": "Muon", "normuon": "NorMuon"}
 
@@ -250,8 +249,7 @@ def build_average(recipe: Recipe, model: CausalLM, updates: int) -> WeightAverag
 
 def teachers_of(recipe: Recipe, device: torch.device, precision: Precision) -> Ensemble | None:
     """Returns the teachers of a run, loaded on a device; None without them."""
-    paths = [Path(path) for path in recipe.distillation.teachers]
-    teachers = [FrozenModel(path, device, precision.autocast) for path in paths]
+    teachers = [FrozenModel(path, device, precision.autocast) for path in teacher_paths(recipe)]
     return Ensemble(teachers, recipe.distillation.weight) if teachers else None
 
 

@@ -48,8 +48,9 @@ def test_an_override_keeps_the_update_of_the_recipe_and_a_file_says_it_by_accumu
     assert (batch.batch_size, batch.accumulation, batch.automatic) == (1, 64, True)
     assert load_recipe(file, ["batch.batch_size=auto"]).batch == batch
     assert load_recipe(file, ["batch.batch_size=16", "batch.accumulation=4"]).batch.automatic is False
-    with pytest.raises(SlmError, match="batch_size"):
-        load_recipe("modern", ["batch.batch_size=automatic"])
+    for other in ("atuo", "automatic", "4x"):
+        with pytest.raises(SlmError, match=r'batch\.batch_size: must be a whole number or "auto"$'):
+            load_recipe("modern", [f"batch.batch_size={other}"])
 
 
 def test_micro_steps_of_another_size_are_the_same_updates() -> None:
