@@ -148,6 +148,11 @@ def resume(out: Path, progress: Progress | None = None, processes: Processes | N
         raise SlmError(f"no run to go on with: {out} has no {CONFIG}", "slm train --data FILE starts one")
     with nullcontext(processes) if processes else joined() as together:
         recipe = load_recipe(out / CONFIG)
+        if recipe.batch.automatic:
+            raise SlmError(
+                f"{out / CONFIG}: batch.batch_size=auto is for new runs",
+                "write a number, such that batch.batch_size x batch.accumulation stays the same",
+            )
         check_machine(recipe, pick_device(recipe.machine.device), together, resumed=True)
         check_packages(recipe.log)
         return _go(out, together, (progress if together.rank == 0 else None) or Silent())
@@ -268,8 +273,8 @@ class _Run(Actions):
         except BaseException:
             try:
                 self.keeper.finish()
-            except SlmError as error:
-                self.progress.note(f"warning: {error.message}")
+            except Exception as error:  # must not replace the reason for which the run ends
+                self.progress.note(f"warning: {error.message if isinstance(error, SlmError) else error!r}")
             raise
 
     @property

@@ -135,6 +135,10 @@ def test_a_run_keeps_what_was_found_when_it_is_resumed(
     monkeypatch.setattr(module, "memory", lambda: Memory(1, 1, None))  # it is not searched again
     resume(OUT, notes)
     train(small_recipe(evaluation={"every_micro_steps": 2}), Path("fixed"))  # 4 x 2 windows, as found
+    text = (OUT / "config.yaml").read_text(encoding="utf-8")
+    (OUT / "config.yaml").write_text(text.replace("batch_size: 4", "batch_size: auto"), encoding="utf-8")
+    with pytest.raises(SlmError, match=r"batch\.batch_size=auto is for new runs"):
+        resume(OUT)
     figures = [
         [(row["loss"], row["tokens"]) for row in rows(run) if row["type"] == "train"] for run in (OUT, Path("fixed"))
     ]
