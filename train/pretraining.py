@@ -44,6 +44,9 @@ class Actions(Protocol):
     def finish_saving(self) -> None:
         """Waits until what was saved is on the disk."""
 
+    def await_save(self, seconds: float) -> None:
+        """Waits for a save of this process in the background, for at most so many seconds; another thread may call it."""
+
     def rewind_position(self) -> int | None:
         """Returns the micro-steps of the state to which a spike rewinds; None if there is none."""
 
@@ -102,7 +105,7 @@ class Pretraining(Task):
         self._rewinds = guard is not None and guard.action == "rewind"
         self._rewind_point = actions.rewind_position() if self._rewinds else None
         self._phase = phase
-        self.watchdog = None if watch is None else Watchdog(watch, self._warn, processes)
+        self.watchdog = None if watch is None else Watchdog(watch, self._warn, processes, actions.await_save)
         self.began = time.perf_counter() - counters.elapsed_s
         self._micro_steps_timed = 0
         self._micro_step_ended = 0.0

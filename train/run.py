@@ -331,6 +331,10 @@ class _Run(Actions):
         by_first(self.processes, self.keeper.finish)
 
     @override
+    def await_save(self, seconds: float) -> None:
+        self.keeper.await_save(seconds)
+
+    @override
     def rewind_position(self) -> int | None:
         def position() -> int | None:
             found = rewind_position(self.path)

@@ -72,15 +72,23 @@ class _Part:
 class Watchdog:
     """Watches a run. Its thread runs within a `with` block; `updated` and `beat` are called by the thread that trains."""
 
-    def __init__(self, settings: WatchdogRecipe, report: Report, processes: int = 1) -> None:
+    def __init__(
+        self,
+        settings: WatchdogRecipe,
+        report: Report,
+        processes: int = 1,
+        await_save: Callable[[float], None] = lambda _: None,
+    ) -> None:
         """Prepares the watch.
 
         Args:
             settings: What counts as slow and as a hang.
             report: Receives a warning; for a hang, in another thread.
             processes: The number of processes that train together.
+            await_save: Waits for a save in the background, for at most so many seconds; called before a process is ended.
         """
         self._settings, self._report, self._processes = settings, report, processes
+        self._await_save = await_save
         self._before: deque[_Part] = deque(maxlen=_MEDIAN)
         self._recent: deque[_Part] = deque()
         self._part: _Part | None = None
@@ -227,7 +235,10 @@ class Watchdog:
         with suppress(Exception):  # such as a full disk, which the thread that trains reports: this one has to go on
             self._report("hang", told, numbers)
         if self._settings.abort and not over():
-            self._abort()
+            assert self._settings.hang_minutes is not None
+            self._await_save(60 * self._settings.hang_minutes)
+            if not over():
+                self._abort()
 
     def _description(self, seconds: float, load: Load) -> tuple[str, dict[str, Any]]:
         """Returns a sentence about a hang, and numbers for the record."""

@@ -245,6 +245,32 @@ def look(clock: list[float], watchdog: Watchdog, monkeypatch: pytest.MonkeyPatch
     watchdog._watch()
 
 
+SAVING = """
+from slm.train import keep
+save_state = keep.save_state
+def slow(run, counters, *rest):
+    if counters.micro_steps == 4:
+        time.sleep(1.5)  # until after the warning
+    save_state(run, counters, *rest)
+keep.save_state = slow
+"""
+
+
+def test_a_save_in_the_background_is_completed_before_a_process_is_ended(
+    small_recipe: MakeRecipe, trainers: Forks
+) -> None:
+    recipe = small_recipe(
+        watchdog={"hang_minutes": 1.0 / 60, "abort": True},
+        checkpoints={"every_updates": 1, "asynchronous": True},
+        evaluation={"windows": 1},
+    )
+    Path("recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    program = HANGING.replace("main(sys.argv[1:])", f"{SAVING}main(sys.argv[1:])")
+    assert trainers(program, "train", "--recipe", "recipe.yaml", "--out", "run").returncode == HUNG
+    saved = json.loads(Path("run/trainer/state.json").read_text(encoding="utf-8"))
+    assert saved["micro_steps"] == 4
+
+
 def test_a_process_that_was_stopped_as_a_whole_does_not_hang(
     clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
