@@ -40,9 +40,11 @@ def foresee(
     from slm.train.logs.logs import check_packages
     from slm.train.parallel import by_first
     from slm.train.prepare import check_free
+    from slm.train.teacher import teacher_paths
 
     if gpu is not None and gpu.lower() not in GPUS:
         raise SlmError(f"unknown GPU {gpu}", f"--on {', '.join(GPUS)}")
+    teacher_paths(recipe)  # raises if one is missing, before the text is read
     device = pick_device(recipe.machine.device) if gpu is None else torch.device("cuda")
     if recipe.batch.automatic:
         place = place_of(recipe, device) if gpu is None else place_on(recipe, GPUS[gpu.lower()])
@@ -127,10 +129,11 @@ def _fit(recipe: "Recipe", est: "Estimate") -> str:
 
 def _text_size(recipe: "Recipe") -> tuple[int | None, bool, int | None]:
     """Returns the tokens of the training text, whether they were counted rather than estimated, and the text's bytes."""
-    from slm.train.prepare import check_text, prepared_dataset
+    from slm.train.prepare import check_teachers, check_text, prepared_dataset
 
     dataset = prepared_dataset(recipe)
     if dataset is not None:
+        check_teachers(recipe, dataset.tokenizer)
         return dataset.manifest.train.tokens, True, dataset.manifest.train.text_bytes
     size = check_text(recipe)
     return (None if size is None else max(1, round(size / _BYTES_PER_TOKEN))), False, size

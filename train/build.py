@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,12 +22,12 @@ from slm.train.learner import Learner, Objective, UpdateSettings
 from slm.train.optimizer import make_optimizers
 from slm.train.parallel import Processes, check_even, launched, local_rank, share_of, shared_like
 from slm.train.precision import Precision, restore_scaler
-from slm.train.qat import rounded_from_start
+from slm.train.qat import first_rounded_update, rounded_from_start
 from slm.train.recipe import Recipe
 from slm.train.schedule import Schedule, ramp
 from slm.train.spikes import SpikeGuard
 from slm.train.state import Counters, SavedState
-from slm.train.teacher import Ensemble, FrozenModel
+from slm.train.teacher import Ensemble, FrozenModel, teacher_paths
 
 _MUONS = {"muon": "Muon", "normuon": "NorMuon"}
 
@@ -170,10 +169,12 @@ def build_learner(
     optimizers = make_optimizers(model, recipe.optimizer)
     batches = partial(_batch, recipe, tokens, mine, processes.rank, device)
 
+    left_out_before = 0 if saved is None else saved.counters.spikes.left_out
+
     def batch(micro_step: int) -> tuple[Any, ...]:
-        """Returns the batch of a micro-step, behind the data that rewinding left out."""
-        left_out = 0 if guard is None else guard.left_out * recipe.batch.accumulation
-        return batches(micro_step + left_out, recipe.context_at(micro_step))
+        """Returns the batch of a micro-step, behind the data that rewinding left out, also before it was switched off."""
+        left_out = left_out_before if guard is None else guard.left_out
+        return batches(micro_step + left_out * recipe.batch.accumulation, recipe.context_at(micro_step))
 
     learner = Learner(
         objective,
@@ -215,9 +216,19 @@ def make_guard(recipe: Recipe, counters: Counters) -> SpikeGuard | None:
         "try a lower schedule.learning_rate or a longer warm-up in config.yaml, then --resume; spikes.limit and "
         "spikes.threshold can be raised there too"
     )
-    guard = SpikeGuard(spikes.action, spikes.threshold, spikes.window, spikes.limit, advice)
+    guard = SpikeGuard(spikes.action, spikes.threshold, spikes.window, spikes.limit, advice, phase_of(recipe))
     guard.restore(counters.spikes)
     return guard
+
+
+def phase_of(recipe: Recipe) -> Callable[[int], tuple[int, bool]]:
+    """Returns what distinguishes updates by their numbers, from 0: the length of rows, and whether products are rounded."""
+    first_rounded = first_rounded_update(recipe)
+
+    def phase(update: int) -> tuple[int, bool]:
+        return recipe.context_at(update * recipe.batch.accumulation), update >= first_rounded
+
+    return phase
 
 
 def build_average(recipe: Recipe, model: CausalLM, updates: int) -> WeightAverage | None:
@@ -238,8 +249,7 @@ def build_average(recipe: Recipe, model: CausalLM, updates: int) -> WeightAverag
 
 def teachers_of(recipe: Recipe, device: torch.device, precision: Precision) -> Ensemble | None:
     """Returns the teachers of a run, loaded on a device; None without them."""
-    paths = [Path(path) for path in recipe.distillation.teachers]
-    teachers = [FrozenModel(path, device, precision.autocast) for path in paths]
+    teachers = [FrozenModel(path, device, precision.autocast) for path in teacher_paths(recipe)]
     return Ensemble(teachers, recipe.distillation.weight) if teachers else None
 
 
@@ -303,7 +313,11 @@ def _batch(
         rows = packing.drawn(seed, micro_step * batch.batch_size, batch.batch_size)[mine]
         shorter = [tensor.reshape(-1, length) for tensor in packing.gather(rows, device)]
         return *shorter, _share_of_update(recipe, packing, rows, micro_step)
-    starts = SAMPLERS[recipe.data.sampler](len(ids), batch.batch_size, batch.context, seed, micro_step)[mine]
+    # Drawn for the update as a whole, so that its windows do not depend on how they are divided among micro-steps.
+    update, part = divmod(micro_step, batch.accumulation)
+    windows = batch.accumulation * batch.batch_size
+    all_starts = SAMPLERS[recipe.data.sampler](len(ids), windows, batch.context, seed, update)
+    starts = all_starts[part * batch.batch_size : (part + 1) * batch.batch_size][mine]
     inputs, targets = gather(ids, starts, batch.context, device)
     return inputs.reshape(-1, length), targets.reshape(-1, length)  # shorter rows at first, of the same tokens
 

@@ -4,7 +4,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from slm.train.muon import orthogonalization_flops
 from slm.train.optimizer import make_optimizers
 from slm.train.precision import CPU, FLOAT32, Capability, Precision, capability, choose_precision
 from slm.train.recipe import Recipe
+from slm.train.teacher import teacher_paths
 
 # Tokens in the timed micro-step: enough that products run at full speed and that the embedding's gradient, whose size does not
 # depend on the tokens, does not dominate; few enough to be timed within seconds.
@@ -192,7 +192,7 @@ def training_flops(
 def _teachers_flops(recipe: Recipe) -> float:
     """Returns the floating-point operations of all teachers for one row: a forward pass each."""
     context = recipe.batch.context
-    shapes = (read_config(Path(path).expanduser()) for path in recipe.distillation.teachers)
+    shapes = (read_config(path) for path in teacher_paths(recipe))
     return sum(prefill_flops(shape, context, head_positions=context).total for shape in shapes)
 
 

@@ -183,6 +183,10 @@ class Keeper:
                 "before it, which is complete",
             ) from None
 
+    def await_save(self, seconds: float) -> None:
+        """Waits for a save in the background, for at most so many seconds; raises nothing."""
+        self._writer.await_end(seconds)
+
     def _keep_numbered(self, updates: int) -> None:
         """Keeps the last checkpoint under the number of its update, linked if possible, and removes the oldest ones."""
         with atomic_directory(self._checkpoints / f"{_NUMBERED}{updates:07}", CHECKPOINT_FILES) as directory:

@@ -180,6 +180,7 @@ class Learner:
         loss, grad_norm = (each / self._processes.size for each in self._processes.total([total.item(), norm.item()]))
         update = Update(loss, grad_norm, self._settings.rate(last + 1), data_s)
         if self._guard is not None:
+            self._guard.begin(micro_step // self.accumulation)
             spike = self._guard.judge(loss, grad_norm, overflow=self.scaler.is_enabled())
             if spike is not None:
                 self.scaler.update()

@@ -6,7 +6,6 @@ Dimensions: B windows, T positions, D hidden, F intermediate, N heads, K kv head
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
 from slm.core.checkpoint import read_config, tensor_shapes
 from slm.core.config import ModelConfig
@@ -16,6 +15,7 @@ from slm.train.attention import training_kernels
 from slm.train.loss import CHUNK_BYTES
 from slm.train.precision import CPU, Capability, Precision
 from slm.train.recipe import Recipe
+from slm.train.teacher import teacher_paths
 
 _FLOAT32 = 4
 _PRODUCT = 2  # bytes of autocast's types
@@ -83,7 +83,8 @@ def training_bytes(
     product = _PRODUCT if precision.autocast is not None else _FLOAT32
     snapshot = 0
     if recipe.checkpoints.asynchronous and able.device == "cpu":
-        # Of the first process, which writes: the weights, also as checkpoints have them if those differ, and the state.
+        # In the first process, which writes: the trained weights, the weights of checkpoints where they differ, the optimizer's
+        # moments, and the average.
         deployed = weights if recipe.optimizer.averages or on_grid else 0
         snapshot = weights + deployed + moments + (weights if recipe.optimizer.averages else 0)
     rows = min(tokens, chunk if chunk is not None else max(1, CHUNK_BYTES // (product * config.vocab_size)))
@@ -111,8 +112,8 @@ def _teacher_bytes(recipe: Recipe, precision: Precision) -> int:
     Autocast keeps the matrices of the blocks in its own type alone, and a second copy of the head in it.
     """
     total = 0
-    for path in recipe.distillation.teachers:
-        config = read_config(Path(path).expanduser())
+    for path in teacher_paths(recipe):
+        config = read_config(path)
         if precision.autocast is None:
             total += config.parameter_count() * _FLOAT32
             continue

@@ -98,7 +98,7 @@ def choose_precision(
         wanted: The choice.
         able: The capabilities of the device.
         config: The shape of the model.
-        before: The name of the precision of a run that is resumed. "auto" keeps it if the device has it.
+        before: The name of the precision of a run that is resumed. "auto" keeps this precision if the device supports it.
         speedup: Measures how many times as fast as in float32 a layer of a model is in bfloat16 on this CPU.
     """
     if wanted == "auto":

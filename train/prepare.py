@@ -28,7 +28,7 @@ from slm.train.data.shards import ShardWriter
 from slm.train.data.tokenizer import check_vocabulary, is_choice, resolve_tokenizer
 from slm.train.data.tokens import Tokens
 from slm.train.recipe import Recipe
-from slm.train.teacher import check_teacher
+from slm.train.teacher import check_teacher, teacher_paths
 
 CONFIG = "config.yaml"
 DATA = "data"
@@ -70,13 +70,14 @@ def prepare(
         SlmError: When the directory is taken, the data cannot be read or is too short, or the tokenizer is not available.
     """
     check_free(run, overwrite=overwrite)
+    teacher_paths(recipe)  # raises if one is missing, before the text is read
     dataset = prepared_dataset(recipe, progress)
     if dataset is not None:
         progress.note(
             f"data: {recipe.data.train[0]}, prepared: {dataset.manifest.train.tokens:,} tokens to train on, "
             f"{dataset.manifest.validation.tokens:,} to measure on"
         )
-        _check_teachers(recipe, dataset.tokenizer)
+        check_teachers(recipe, dataset.tokenizer)
         with _new_directory(run, progress, overwrite):
             _refer(dataset, run)
             _write_recipe(recipe, dataset.train, run, launch)
@@ -84,7 +85,7 @@ def prepare(
     corpus = open_corpus(recipe.data.train, recipe.data.validation, _reading(recipe))
     progress.note(f"data: {corpus.about}")
     tokenizer = _tokenizer(recipe, corpus)
-    _check_teachers(recipe, tokenizer)
+    check_teachers(recipe, tokenizer)
     with _new_directory(run, progress, overwrite):
         with atomic_directory(run / DATA, ()) as directory:
             workers = min(usable_cores(), _MOST_WORKERS)
@@ -159,8 +160,9 @@ def check_text(recipe: Recipe) -> int | None:
     sizes = [sum(len(document.encode()) for document in documents()) for documents in texts]
     needed = _needed_tokens(recipe)
     surely = [size >= _BYTES_ENOUGH * tokens for size, tokens in zip(sizes, needed, strict=True)]
-    if data.tokenizer != "bpe" or not all(surely):
+    if data.tokenizer != "bpe" or recipe.distillation.teachers or not all(surely):
         tokenizer = _tokenizer(recipe, corpus)
+        check_teachers(recipe, tokenizer)
         counts = (
             enough if sure else _count(documents, tokenizer, enough)
             for documents, enough, sure in zip(texts, needed, surely, strict=True)
@@ -311,11 +313,15 @@ def _tokenizer(recipe: Recipe, corpus: Corpus) -> Tokenizer:
     )
 
 
-def _check_teachers(recipe: Recipe, tokenizer: Tokenizer) -> None:
-    """Checks that the teachers can teach the model; see `slm.train.teacher.check_teacher`."""
-    for path in recipe.distillation.teachers:
+def check_teachers(recipe: Recipe, tokenizer: Tokenizer) -> None:
+    """Checks that the teachers can teach a model with this tokenizer.
+
+    Raises:
+        SlmError: When one cannot; see `slm.train.teacher.check_teacher`.
+    """
+    for path in teacher_paths(recipe):
         length, shorter = recipe.batch.context, "--set batch.context={}"
-        check_teacher(Path(path), tokenizer, recipe.model.config(), length, student="the run", shorter=shorter)
+        check_teacher(path, tokenizer, recipe.model.config(), length, student="the run", shorter=shorter)
 
 
 def _count(documents: Documents, tokenizer: Tokenizer, enough: int) -> int:

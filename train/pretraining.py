@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Literal, Protocol
 
 import torch
@@ -44,6 +44,9 @@ class Actions(Protocol):
     def finish_saving(self) -> None:
         """Waits until what was saved is on the disk."""
 
+    def await_save(self, seconds: float) -> None:
+        """Waits for a save of this process in the background, for at most so many seconds; another thread may call it."""
+
     def rewind_position(self) -> int | None:
         """Returns the micro-steps of the state to which a spike rewinds; None if there is none."""
 
@@ -76,6 +79,7 @@ class Pretraining(Task):
         rewind_every: int = 0,
         watch: WatchdogRecipe | None = None,
         processes: int = 1,
+        phase: Callable[[int], Hashable] = lambda _: None,
     ) -> None:
         """Prepares the task.
 
@@ -91,6 +95,7 @@ class Pretraining(Task):
             rewind_every: Interval between the states to which a spike can rewind, in updates.
             watch: What counts as slow and as a hang; None watches nothing.
             processes: Number of processes that train together.
+            phase: What is trained in an update, by its number from 0; see `slm.train.watchdog.Watchdog.updated`.
         """
         self.counters = counters
         self._tokens = tokens
@@ -99,7 +104,8 @@ class Pretraining(Task):
         self._guard, self._rewind_every = guard, rewind_every
         self._rewinds = guard is not None and guard.action == "rewind"
         self._rewind_point = actions.rewind_position() if self._rewinds else None
-        self.watchdog = None if watch is None else Watchdog(watch, self._warn, processes)
+        self._phase = phase
+        self.watchdog = None if watch is None else Watchdog(watch, self._warn, processes, actions.await_save)
         self.began = time.perf_counter() - counters.elapsed_s
         self._micro_steps_timed = 0
         self._micro_step_ended = 0.0
@@ -127,9 +133,10 @@ class Pretraining(Task):
 
     @override
     def update(self, check: Check) -> None:
-        if self._rewinds and self._updates % self._rewind_every == 0 and self._rewind_point != self.micro_steps:
+        if self._rewinds and not self._has_rewind_point():
             self._save(None, rewind_point=True)
             self._rewind_point = self.micro_steps
+            self._beat()
         began = time.perf_counter()
 
         def after_micro_step() -> None:
@@ -140,17 +147,31 @@ class Pretraining(Task):
         update = self._learner.update(self.micro_steps, after_micro_step)
         if update.spike is not None:
             self._spiked(update.spike)
+            self._beat()
             return
         self._made()
         seconds = time.perf_counter() - began
         tokens = self._tokens(self.micro_steps) - self._tokens(self.micro_steps - self._plan.accumulation)
         self._record(update, tokens / seconds)
         if self.watchdog is not None:
-            self.watchdog.updated(tokens, seconds, update.data_s)
+            self.watchdog.updated(tokens, seconds, update.data_s, self._phase(self._updates - 1))
+
+    def _beat(self) -> None:
+        if self.watchdog is not None:
+            self.watchdog.beat()
+
+    def _has_rewind_point(self) -> bool:
+        """Returns whether there is a state to rewind to since the last multiple of the interval.
+
+        There is none at such a multiple, and none where rewinding was switched on when the run was resumed.
+        """
+        interval = self._rewind_every * self._plan.accumulation
+        least = self.micro_steps // interval * interval
+        return self._rewind_point is not None and least <= self._rewind_point <= self.micro_steps
 
     def _warn(self, kind: Literal["slow", "hang"], told: str, numbers: Row) -> None:
+        self._progress.note(f"warning: {told}")  # first: a disk that does not answer may be the cause
         self._metrics.add(kind, {**self._position(), **numbers})
-        self._progress.note(f"warning: {told}")
 
     def _made(self) -> None:
         """Takes an update into account. One that was left out for a spike counts too, as one that overflowed in float16."""
@@ -207,6 +228,7 @@ class Pretraining(Task):
     def evaluate(self, check: Check) -> None:
         """Evaluates the current weights, draws samples, and keeps the weights if they are the best so far."""
         measured = self._actions.evaluate(check)
+        self._beat()
         if not math.isfinite(measured.loss):
             raise FloatingPointError(f"the validation loss is {measured.loss}")
         row = {
@@ -218,7 +240,10 @@ class Pretraining(Task):
         best = self._metrics.best
         if self.micro_steps > 0 and (best is None or measured.loss < best["loss"]):
             self._actions.keep_best(row)  # before the row is written that claims it
-        for prompt, text in self._actions.samples():
+            self._beat()
+        samples = self._actions.samples()
+        self._beat()
+        for prompt, text in samples:
             self._metrics.add("sample", {**self._position(), "prompt": prompt, "text": text})
             self._progress.note(f"sample: {text!r}")
         self._metrics.add("eval", row)
@@ -240,6 +265,8 @@ class Pretraining(Task):
         }
         if self._guard is not None:
             now["spikes"] = self._guard.state()
+        else:  # a guard that is switched on later must not judge by updates of long before
+            now["spikes"] = self.counters.spikes.without_statistic()
         self._actions.save(self.counters.model_copy(update=now), number, rewind_point=rewind_point)
 
     @override

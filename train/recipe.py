@@ -75,11 +75,15 @@ class Recipe(Section):
         return self
 
     def for_tokens(self, tokens: int) -> "Recipe":
-        """Returns the recipe with its length in micro-steps, for a text whose rows have a number of positions in one pass."""
+        """Returns the recipe with its length in micro-steps, for a text whose rows have a number of positions in one pass.
+
+        The length is the nearest number of whole updates, which does not depend on the size of micro-steps.
+        """
         epochs = self.schedule.epochs
         if epochs is None:
             return self
-        micro_steps = max(self.batch.accumulation, round(epochs * tokens / self.tokens_per_micro_step))
+        per_update = self.batch.accumulation * self.tokens_per_micro_step
+        micro_steps = self.batch.accumulation * max(1, round(epochs * tokens / per_update))
         schedule = self.schedule.model_copy(update={"micro_steps": micro_steps, "epochs": None})
         return self.model_copy(update={"schedule": schedule})
 
@@ -95,9 +99,12 @@ class Recipe(Section):
         return self.micro_steps // self.batch.accumulation
 
     def context_at(self, micro_step: int) -> int:
-        """Returns the length of the rows of a micro-step, by its number from 0; see `BatchRecipe.first_context`."""
-        contexts = self.batch.contexts
-        stage = int(micro_step * (len(contexts) - 1) / (self.batch.context_warmup * self.micro_steps))
+        """Returns the length of the rows of a micro-step, by its number from 0; see `BatchRecipe.first_context`.
+
+        All micro-steps of an update have rows of the same length.
+        """
+        contexts, update = self.batch.contexts, micro_step // self.batch.accumulation
+        stage = int(update * (len(contexts) - 1) / (self.batch.context_warmup * self.updates))
         return contexts[min(stage, len(contexts) - 1)]
 
     @property

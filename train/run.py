@@ -26,6 +26,7 @@ from slm.train.build import (
     check_machine,
     make_guard,
     packing_of,
+    phase_of,
     pick_device,
     positions_of,
     restore,
@@ -147,6 +148,11 @@ def resume(out: Path, progress: Progress | None = None, processes: Processes | N
         raise SlmError(f"no run to go on with: {out} has no {CONFIG}", "slm train --data FILE starts one")
     with nullcontext(processes) if processes else joined() as together:
         recipe = load_recipe(out / CONFIG)
+        if recipe.batch.automatic:
+            raise SlmError(
+                f"{out / CONFIG}: batch.batch_size=auto is for new runs",
+                "write a number, such that batch.batch_size x batch.accumulation stays the same",
+            )
         check_machine(recipe, pick_device(recipe.machine.device), together, resumed=True)
         check_packages(recipe.log)
         return _go(out, together, (progress if together.rank == 0 else None) or Silent())
@@ -249,6 +255,7 @@ class _Run(Actions):
             rewind_every=recipe.spikes.every_updates,
             watch=recipe.watchdog,
             processes=self.processes.size,
+            phase=phase_of(recipe),
         )
         with held_back() as interruption, self.metrics.logs, freed_memory_kept():
             loop = Loop(plan, task, interruption, self.processes, self.progress, task.watchdog)
@@ -266,8 +273,8 @@ class _Run(Actions):
         except BaseException:
             try:
                 self.keeper.finish()
-            except SlmError as error:
-                self.progress.note(f"warning: {error.message}")
+            except Exception as error:  # must not replace the reason for which the run ends
+                self.progress.note(f"warning: {error.message if isinstance(error, SlmError) else error!r}")
             raise
 
     @property
@@ -322,6 +329,10 @@ class _Run(Actions):
     @override
     def finish_saving(self) -> None:
         by_first(self.processes, self.keeper.finish)
+
+    @override
+    def await_save(self, seconds: float) -> None:
+        self.keeper.await_save(seconds)
 
     @override
     def rewind_position(self) -> int | None:

@@ -24,6 +24,13 @@ def _several(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
+def _whole_or_auto(value: Any) -> Any:
+    # The recipe accepts "auto" before this is called.
+    if isinstance(value, str) and not value.strip().removeprefix("-").isdecimal():
+        raise ValueError('must be a whole number or "auto"')
+    return value
+
+
 # One name, or several.
 LogNames = Annotated[tuple[LogName, ...], BeforeValidator(_several)]
 
@@ -107,7 +114,7 @@ class BatchRecipe(Section):
         automatic: Whether batch_size is still to be chosen so; a run's config.yaml has the choice.
     """
 
-    batch_size: int = Field(gt=0)
+    batch_size: Annotated[int, BeforeValidator(_whole_or_auto)] = Field(gt=0)
     context: int = Field(gt=1)
     accumulation: int = Field(default=1, gt=0)
     first_context: int | None = Field(default=None, gt=1)
@@ -333,7 +340,7 @@ class WatchdogRecipe(Section):
 
     Attributes:
         slow_share: The run is slow below this share of its own median tokens per second.
-        slow_minutes: How long it is slow before a warning; None disables the warning.
+        slow_minutes: Time of training over which it is slow before a warning; None disables the warning.
         hang_minutes: How long no micro-step, evaluation batch or save ends before a warning; None disables it.
         abort: Whether a process that hangs prints the stacks of its threads and ends, so that torchrun restarts it.
     """

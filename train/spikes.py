@@ -2,6 +2,7 @@
 
 import math
 from collections import deque
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
@@ -73,6 +74,10 @@ class SpikeState(BaseModel):
     found: list[int] = []
     rewinds: list[dict[str, Any]] = []
 
+    def without_statistic(self) -> "SpikeState":
+        """Returns the state without the updates by which later ones are judged."""
+        return self.model_copy(update={"losses": [], "norms": []})
+
 
 class SpikeGuard:
     """Judges each update by a running robust statistic of the updates before it.
@@ -81,7 +86,15 @@ class SpikeGuard:
     `threshold` standard deviations of the noise. The noise is estimated from medians, so that spikes do not raise it.
     """
 
-    def __init__(self, action: Action, threshold: float, window: int, limit: int, advice: str) -> None:
+    def __init__(
+        self,
+        action: Action,
+        threshold: float,
+        window: int,
+        limit: int,
+        advice: str,
+        phase: Callable[[int], Hashable] | None = None,
+    ) -> None:
         """Starts without a history.
 
         Args:
@@ -90,14 +103,23 @@ class SpikeGuard:
             window: Updates in the statistic.
             limit: The most spikes within `LIMIT_UPDATES` updates.
             advice: A hint for more spikes than that.
+            phase: What is trained in an update, by its number from 0: where it changes, the losses before are no measure of
+                those after. None if it never changes.
         """
         self.action = action
         self.left_out = 0
         self.rewinds: list[dict[str, Any]] = []
         self._threshold, self._window, self._limit, self._advice = threshold, window, limit, advice
+        self._phase = phase
         self._losses: deque[float] = deque(maxlen=window)
         self._norms: deque[float] = deque(maxlen=window)
         self._found: list[int] = []
+
+    def begin(self, update: int) -> None:
+        """Prepares for an update, by its number from 0: forgets the statistic where the phase changes."""
+        if self._phase is not None and update and self._phase(update) != self._phase(update - 1):
+            self._losses.clear()
+            self._norms.clear()
 
     def judge(self, loss: float, grad_norm: float, *, overflow: bool) -> Spike | None:
         """Returns why an update must not be made; None if it may.

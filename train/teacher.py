@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from slm.core.checkpoint import read_config
+from slm.core.checkpoint import CONFIG_FILE, read_config
 from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
 from slm.core.nn import CausalLM, load_checkpoint
 from slm.core.tokenizer import Tokenizer
+from slm.core.weights import WEIGHTS_FILE
 from slm.train.loss import IGNORED, Targets, cached_rows
+from slm.train.recipe import Recipe
 
 
 class FrozenModel:
@@ -110,6 +112,23 @@ class BlendedTargets(Targets):
         return total
 
 
+def teacher_paths(recipe: Recipe) -> list[Path]:
+    """Returns the checkpoints of the teachers that a recipe names; empty without any.
+
+    Raises:
+        SlmError: When one of them does not exist, or is not a checkpoint.
+    """
+    paths = [Path(path).expanduser() for path in recipe.distillation.teachers]
+    for path in paths:
+        if not path.exists():
+            raise SlmError(
+                f"distillation.teachers: checkpoint not found: {path}",
+                f"a checkpoint is a directory with {CONFIG_FILE} and {WEIGHTS_FILE}",
+            )
+        read_config(path)
+    return paths
+
+
 def check_teacher(
     path: Path,
     tokenizer: Tokenizer,
@@ -132,7 +151,7 @@ def check_teacher(
     Raises:
         SlmError: If the tokenizers differ, or rows are longer than the teacher's context.
     """
-    theirs, shape = Tokenizer.load(path), read_config(path)
+    shape, theirs = read_config(path), Tokenizer.load(path)
     if theirs.sha256 != tokenizer.sha256:
         raise SlmError(
             f"the teacher {path} has another tokenizer than {student} ({theirs.vocab_size:,} and {tokenizer.vocab_size:,} "

@@ -39,6 +39,9 @@ class Writer(Protocol):
             OSError: When a part could not be written, such as on a full disk; the parts after it were not written.
         """
 
+    def await_end(self, seconds: float) -> None:
+        """Waits until nothing is written, for at most so many seconds; any thread may call it."""
+
 
 class AtOnce(Writer):
     """Writes each part when it is added."""
@@ -57,6 +60,10 @@ class AtOnce(Writer):
 
     @override
     def finish(self) -> None:
+        """Does nothing."""
+
+    @override
+    def await_end(self, seconds: float) -> None:
         """Does nothing."""
 
 
@@ -120,3 +127,9 @@ class Background(Writer):
         error, self._error = self._error, None
         if error is not None:
             raise error
+
+    @override
+    def await_end(self, seconds: float) -> None:
+        thread = self._thread
+        if thread is not None:
+            thread.join(seconds)

@@ -24,6 +24,8 @@ MakeRecipe = Callable[..., Recipe]
 Rows = Callable[[Path], list[dict[str, Any]]]
 OUT = Path("runs/small")
 _MIB = 1 << 20
+# float32 sums in another order, over six updates.
+ROUNDING = 2e-5
 
 
 def auto(*overrides: str, name: str = "modern") -> Recipe:
@@ -46,8 +48,9 @@ def test_an_override_keeps_the_update_of_the_recipe_and_a_file_says_it_by_accumu
     assert (batch.batch_size, batch.accumulation, batch.automatic) == (1, 64, True)
     assert load_recipe(file, ["batch.batch_size=auto"]).batch == batch
     assert load_recipe(file, ["batch.batch_size=16", "batch.accumulation=4"]).batch.automatic is False
-    with pytest.raises(SlmError, match="batch_size"):
-        load_recipe("modern", ["batch.batch_size=automatic"])
+    for other in ("atuo", "automatic", "4x"):
+        with pytest.raises(SlmError, match=r'batch\.batch_size: must be a whole number or "auto"$'):
+            load_recipe("modern", [f"batch.batch_size={other}"])
 
 
 def test_micro_steps_of_another_size_are_the_same_updates() -> None:
@@ -59,6 +62,25 @@ def test_micro_steps_of_another_size_are_the_same_updates() -> None:
     assert larger.evaluation.every_micro_steps * 64 == recipe.evaluation.every_micro_steps * 16
     assert larger.course == recipe.course
     assert resized(resized(recipe, 2), 16).schedule == recipe.schedule
+
+
+def test_a_length_in_passes_is_the_same_number_of_updates() -> None:
+    recipe = load_recipe("modern", ["schedule.epochs=1"])  # 64 windows of 512 tokens an update
+    for tokens, updates in ((64 * 512 * 99 + 20_000, 100), (64 * 512 * 99 + 10_000, 99)):
+        assert {resized(recipe, size).for_tokens(tokens).updates for size in (1, 4, 16, 64)} == {updates}
+
+
+@pytest.mark.parametrize("sampler", ["random", "packed", "best_fit"])
+def test_an_update_has_the_same_windows_however_it_is_divided(
+    small_recipe: MakeRecipe, rows: Rows, sampler: str
+) -> None:
+    recipe = small_recipe(data={"sampler": sampler}, batch={"batch_size": 4, "accumulation": 2, "first_context": 6})
+    losses = {}
+    for size in (2, 4, 8):
+        run = Path(f"of-{size}")
+        train(resized(recipe, size), run)
+        losses[size] = [row["loss"] for row in rows(run) if row["type"] == "train"]
+    assert losses[2] == pytest.approx(losses[4], rel=ROUNDING) == losses[8]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -113,6 +135,10 @@ def test_a_run_keeps_what_was_found_when_it_is_resumed(
     monkeypatch.setattr(module, "memory", lambda: Memory(1, 1, None))  # it is not searched again
     resume(OUT, notes)
     train(small_recipe(evaluation={"every_micro_steps": 2}), Path("fixed"))  # 4 x 2 windows, as found
+    text = (OUT / "config.yaml").read_text(encoding="utf-8")
+    (OUT / "config.yaml").write_text(text.replace("batch_size: 4", "batch_size: auto"), encoding="utf-8")
+    with pytest.raises(SlmError, match=r"batch\.batch_size=auto is for new runs"):
+        resume(OUT)
     figures = [
         [(row["loss"], row["tokens"]) for row in rows(run) if row["type"] == "train"] for run in (OUT, Path("fixed"))
     ]

@@ -59,6 +59,8 @@ def test_a_length_that_is_set_takes_the_place_of_the_recipes_own(tmp_path: Path)
         (1, 1, 102_400 + 513, 101),
         (0.001, 1, 102_400, 1),  # one update at least
         (0.001, 8, 102_400, 8),
+        (1, 8, 109 * 1024, 112),  # 13.6 updates
+        (1, 8, 107 * 1024, 104),
     ],
 )
 def test_epochs_become_micro_steps(epochs: float, accumulation: int, tokens: int, micro_steps: int) -> None:
@@ -251,12 +253,18 @@ def test_flex_attention_is_refused_for_rows_of_documents() -> None:
     load_recipe("tiny", ["data.sampler=packed", "machine.attention=flex"])
 
 
+SHORTER = ("batch.first_context=32", "batch.context_warmup=0.5")
+
+
 def test_rows_grow_in_equal_steps() -> None:
-    recipe = load_recipe("tiny", ["batch.first_context=32", "batch.context_warmup=0.5", "schedule.micro_steps=12"])
+    recipe = load_recipe("tiny", [*SHORTER, "schedule.micro_steps=12"])
     lengths = [recipe.context_at(step) for step in range(12)]
     assert lengths == [32] * 3 + [64] * 3 + [128] * 6
     assert recipe.batch.contexts == (32, 64, 128)
     assert {load_recipe("tiny").context_at(step) for step in (0, 100, 559)} == {128}
+    # They do not grow within an update.
+    of_four = load_recipe("tiny", [*SHORTER, "schedule.micro_steps=24", "batch.accumulation=4"])
+    assert [of_four.context_at(step) for step in range(24)] == [32] * 8 + [64] * 4 + [128] * 12
 
 
 def test_one_teacher_needs_no_list() -> None:

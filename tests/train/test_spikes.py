@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from slm.core.errors import SlmError
+from slm.train.prepare import CONFIG
 from slm.train.recipe import Recipe
 from slm.train.run import resume, train
 from slm.train.spikes import SpikeGuard, SpikeState
@@ -185,6 +187,68 @@ def test_a_guarded_run_that_is_stopped_ends_as_one_that_is_not(
         resume(path)
         assert fingerprint(path) == fingerprint(OUT), stop
     assert len(kinds([json.loads(x) for x in (OUT / "metrics.jsonl").read_text().splitlines()], "spike")) >= 1
+
+
+def changed(run: Path, **sections: dict[str, Any]) -> None:
+    """Changes values of a run's config.yaml, as a user does before --resume."""
+    fields = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
+    for name, values in sections.items():
+        fields[name] |= values
+    (run / CONFIG).write_text(yaml.safe_dump(fields), encoding="utf-8")
+
+
+@pytest.mark.parametrize("before", ["none", "rewind"])
+def test_rewinding_is_switched_on_when_a_run_is_resumed(
+    small_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, rows: Rows, fingerprint: Fingerprint, before: str
+) -> None:
+    """Then there is no state to rewind to, or one of long before."""
+    drawn = damaged(monkeypatch, DAMAGED)
+    with pytest.raises(KeyboardInterrupt):
+        train(guarded(small_recipe, before, every_updates=100), OUT, Stopper(19))  # after nine updates
+    assert (OUT / REWIND).exists() == (before == "rewind")
+    changed(OUT, spikes={"action": "none"})
+    with pytest.raises(KeyboardInterrupt):
+        resume(OUT, Stopper(6))
+    changed(OUT, spikes={"action": "rewind", "every_updates": 10})
+    shutil.copytree(OUT, "stopped")
+    drawn.clear()
+    resume(OUT)
+    (spike,) = kinds(rows(OUT), "spike")
+    assert (spike["at_update"], spike["updates"]) == (SPIKE, 11)  # where it was resumed
+    assert drawn == [*range(22, 34), *range(34, 34 + 2 * 13)]
+    with pytest.raises(KeyboardInterrupt):
+        resume(Path("stopped"), Stopper(3))
+    resume(Path("stopped"))
+    assert fingerprint(Path("stopped")) == fingerprint(OUT)
+
+
+def test_what_was_left_out_stays_left_out_when_rewinding_is_switched_off(
+    small_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = damaged(monkeypatch, DAMAGED)
+    with pytest.raises(KeyboardInterrupt):
+        train(guarded(small_recipe, "rewind"), OUT, Stopper(39))  # micro-steps 0 to 33, and five behind them
+    changed(OUT, spikes={"action": "none"})
+    drawn.clear()
+    resume(OUT)
+    assert drawn == [*range(38, 34 + 2 * 9)]
+    state = load_state(OUT)
+    assert state is not None and state.counters.spikes.left_out == 2
+    # When rewinding is switched on again, the updates of long before are no measure.
+    assert state.counters.spikes.losses == [] == state.counters.spikes.norms
+
+
+@pytest.mark.parametrize(
+    "sections", [{"qat": {"precision": "int4", "start": 0.5}}, {"batch": {"first_context": 12, "context_warmup": 0.5}}]
+)
+def test_updates_before_the_task_changes_do_not_judge_those_after(
+    small_recipe: MakeRecipe, sections: dict[str, dict[str, Any]]
+) -> None:
+    """Rounding and longer rows raise the loss, which is no spike: skipping such updates would never end."""
+    spikes = {"action": "skip", "window": 64}
+    train(small_recipe(spikes=spikes, **LONG, **sections), OUT)
+    state = load_state(OUT)
+    assert state is not None and len(state.counters.spikes.losses) == len(state.counters.spikes.norms) == 12
 
 
 @pytest.mark.parametrize("when", ["before-saving", "after-saving"])

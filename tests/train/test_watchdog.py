@@ -3,8 +3,10 @@
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from slm.core.load import Load, causes
 from slm.train import watchdog as module
 from slm.train.learner import Learner
 from slm.train.recipe import Recipe
-from slm.train.run import train
+from slm.train.run import _Run, train
 from slm.train.sections import WatchdogRecipe
 from slm.train.watchdog import HUNG, Watchdog
 from tests.forks import Forks
@@ -36,15 +38,23 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return seconds
 
 
-def watch(clock: list[float], speeds: list[float], data_share: float = 0.01, **settings: Any) -> list[tuple[Any, ...]]:
-    """Returns what is reported of updates of a second each."""
+def watch(
+    clock: list[float],
+    speeds: list[float],
+    data_share: float = 0.01,
+    seconds: float = 1.0,
+    phase: Callable[[int], object] = lambda _: None,
+    **settings: Any,
+) -> list[tuple[Any, ...]]:
+    """Returns what is reported of updates of so many seconds each."""
     reports: list[tuple[Any, ...]] = []
     watchdog = Watchdog(
         WatchdogRecipe(slow_minutes=1.0, **settings), lambda *report: reports.append((*report, clock[0]))
     )
-    for speed in speeds:
-        clock[0] += 1.0
-        watchdog.updated(speed, 1.0, data_share if speed < 100 else 0.01)
+    for number, speed in enumerate(speeds):
+        clock[0] += seconds
+        wait_s = (data_share if speed < 100 else 0.01) * seconds
+        watchdog.updated(speed * seconds, seconds, wait_s, phase(number))
     return reports
 
 
@@ -64,6 +74,36 @@ def test_a_run_that_is_as_fast_as_usual_is_not_reported(clock: list[float]) -> N
     assert watch(clock, [20.0] * 3 + [100.0] * 300) == []  # the first updates allocate
     assert watch(clock, [100.0] * 200 + [60.0] * 200) == []
     assert len(watch(clock, [100.0] * 200 + [60.0] * 200, slow_share=0.8)) == 1
+
+
+def test_short_updates_are_compared_with_those_before_the_slow_time(clock: list[float]) -> None:
+    """Not with the last thousand updates, which are all slow when the time is over."""
+    ((_, _, numbers, at),) = watch(clock, [100.0] * 10_000 + [30.0] * 15_000, seconds=0.02)
+    assert 200 + 30 < at < 200 + 75
+    assert numbers["usual_tokens_s"] == pytest.approx(100.0)
+
+
+def test_one_long_update_does_not_make_a_run_slow(clock: list[float]) -> None:
+    """As one in which the process was stopped, or after an evaluation that took longer than the time that counts."""
+    reports: list[Any] = []
+    watchdog = Watchdog(WatchdogRecipe(slow_minutes=1.0), lambda *report: reports.append(report))
+    for seconds in [1.0] * 200 + [3600.0] + [1.0] * 200:
+        clock[0] += seconds
+        watchdog.updated(100.0, seconds, 0.0)
+    clock[0] += 600.0
+    for seconds in [3.0] * 5 + [1.0] * 200:
+        clock[0] += seconds
+        watchdog.updated(100.0, seconds, 0.0)
+    assert reports == []
+    for _ in range(100):  # the control
+        watchdog.updated(100.0, 3.0, 0.0)
+    assert len(reports) == 1
+
+
+def test_longer_rows_are_no_slow_run(clock: list[float]) -> None:
+    speeds = [100.0] * 200 + [30.0] * 300
+    assert watch(clock, speeds, phase=lambda number: number >= 200) == []
+    assert len(watch(clock, speeds + [10.0] * 200, phase=lambda number: number >= 200)) == 1
 
 
 def test_slow_minutes_switch_it_off(clock: list[float]) -> None:
@@ -127,6 +167,27 @@ def test_a_hang_is_reported_once_with_its_place_and_recorded(
     assert [row["updates"] for row in rows(OUT) if row["type"] == "train"] == [1, 2, 3, 4, 5, 6]
 
 
+def test_the_run_goes_on_after_each_part_of_an_evaluation_and_each_save(
+    small_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    def noting(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*arguments: Any, **settings: Any) -> Any:
+            result = method(*arguments, **settings)
+            done.append(name)
+            return result
+
+        return noted
+
+    for name in ("evaluate", "samples", "keep_best", "save"):
+        monkeypatch.setattr(_Run, name, noting(name, getattr(_Run, name)))
+    monkeypatch.setattr(Watchdog, "beat", noting("beat", Watchdog.beat))
+    train(small_recipe(spikes={"action": "rewind", "every_updates": 3}), OUT)
+    following = {(a, b) for a, b in pairwise(done) if a != "beat"}
+    assert following == {(name, "beat") for name in ("evaluate", "samples", "keep_best", "save")}
+
+
 HANGING = """
 import time
 from slm.train.learner import Learner
@@ -165,26 +226,142 @@ def test_a_process_that_hangs_ends_with_its_stacks_on_request(
     assert saved["micro_steps"] == 4
 
 
+Step = float | Callable[[], None]
+
+
+def look(clock: list[float], watchdog: Watchdog, monkeypatch: pytest.MonkeyPatch, *steps: Step) -> None:
+    """Lets the thread look after each of the steps: seconds that pass, or a function."""
+    left = iter(steps)
+
+    def wait(_: float) -> bool:
+        for step in left:
+            if not callable(step):
+                clock[0] += step
+                return False
+            step()
+        return True
+
+    monkeypatch.setattr(watchdog._ended, "wait", wait)
+    watchdog._watch()
+
+
+SAVING = """
+from slm.train import keep
+save_state = keep.save_state
+def slow(run, counters, *rest):
+    if counters.micro_steps == 4:
+        time.sleep(1.5)  # until after the warning
+    save_state(run, counters, *rest)
+keep.save_state = slow
+"""
+
+
+def test_a_save_in_the_background_is_completed_before_a_process_is_ended(
+    small_recipe: MakeRecipe, trainers: Forks
+) -> None:
+    recipe = small_recipe(
+        watchdog={"hang_minutes": 1.0 / 60, "abort": True},
+        checkpoints={"every_updates": 1, "asynchronous": True},
+        evaluation={"windows": 1},
+    )
+    Path("recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    program = HANGING.replace("main(sys.argv[1:])", f"{SAVING}main(sys.argv[1:])")
+    assert trainers(program, "train", "--recipe", "recipe.yaml", "--out", "run").returncode == HUNG
+    saved = json.loads(Path("run/trainer/state.json").read_text(encoding="utf-8"))
+    assert saved["micro_steps"] == 4
+
+
 def test_a_process_that_was_stopped_as_a_whole_does_not_hang(
     clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As by Ctrl-Z, or with the machine's suspension: its thread was stopped too."""
     reports: list[Any] = []
     watchdog = Watchdog(WatchdogRecipe(hang_minutes=1.0), lambda *report: reports.append(report))
-    jumps = iter([2.0, 400.0, 3.0, 3.0])
-
-    def wait(_: float) -> bool:
-        jump = next(jumps, None)
-        clock[0] += jump or 0.0
-        return jump is None
-
-    monkeypatch.setattr(watchdog._ended, "wait", wait)
     watchdog.beat()
-    watchdog._watch()
+    look(clock, watchdog, monkeypatch, 2.0, 400.0, 3.0, 3.0)
     assert reports == []
-    jumps = iter([6.0] * 12)  # the control
-    watchdog._watch()
+    hang = [6.0] * 12
+    watchdog.beat()
+    look(clock, watchdog, monkeypatch, *hang)  # the control
     assert len(reports) == 1
+    # A hang that was reported is not reported again after a stop, and one that begins after a stop is reported in time.
+    watchdog.beat()
+    look(clock, watchdog, monkeypatch, *hang, 4000.0, *hang)
+    assert len(reports) == 2
+    watchdog.beat()
+    look(clock, watchdog, monkeypatch, 4000.0, watchdog.beat, *hang)
+    assert len(reports) == 3 and 60 < reports[-1][2]["seconds"] < 70
+
+
+def test_a_run_that_goes_on_before_the_warning_does_not_hang(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reports: list[Any] = []
+    ends: list[int] = []
+    watchdog = Watchdog(WatchdogRecipe(hang_minutes=1.0, abort=True), lambda *report: reports.append(report))
+    monkeypatch.setattr(module.os, "_exit", ends.append)
+    monkeypatch.setattr(module.faulthandler, "dump_traceback", lambda **_: None)
+    monkeypatch.setattr(module.faulthandler, "dump_traceback_later", lambda *_, **__: None)
+
+    def goes_on(*_: object) -> list[str]:
+        clock[0] += 0.1
+        watchdog.beat()
+        return []
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "causes", goes_on)
+        look(clock, watchdog, monkeypatch, *[6.0] * 12)
+    assert (reports, ends) == ([], [])
+    with monkeypatch.context() as patch:
+        patch.setattr(watchdog, "_report", goes_on)  # while the warning is written
+        look(clock, watchdog, monkeypatch, *[6.0] * 12)
+    assert ends == []
+    look(clock, watchdog, monkeypatch, *[6.0] * 12)  # the control
+    assert (len(reports), ends) == (1, [HUNG])
+
+
+def test_a_warning_that_cannot_be_written_does_not_end_the_watch(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise C would end the process, which `abort` arms and the thread puts off."""
+    reports: list[Any] = []
+
+    def full(*report: Any) -> None:
+        reports.append(report)
+        raise OSError("no space left on device")
+
+    watchdog = Watchdog(WatchdogRecipe(hang_minutes=1.0), full)
+    hang = [6.0] * 12
+    look(clock, watchdog, monkeypatch, *hang, watchdog.beat, *hang)
+    assert len(reports) == 2
+
+
+def test_a_warning_that_hangs_does_not_keep_the_run_from_ending(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, release = threading.Event(), threading.Event()
+
+    def hangs(*_: object) -> None:
+        begun.set()
+        release.wait(60)
+
+    monkeypatch.setattr(module, "_JOIN_S", 0.05)
+    watchdog = Watchdog(WatchdogRecipe(hang_minutes=0.05 / 60), hangs)
+    with watchdog:
+        assert begun.wait(60)
+    assert not release.is_set()
+    release.set()
+    assert watchdog._thread is not None
+    watchdog._thread.join(60)
+    assert not watchdog._thread.is_alive()
+
+
+def test_compilation_is_named(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    reports: list[Any] = []
+    watchdog = Watchdog(WatchdogRecipe(hang_minutes=1.0), lambda *report: reports.append(report))
+    compiler = compile("run()", "torch/_dynamo/convert_frame.py", "exec")
+    exec(compiler, {"run": lambda: look(clock, watchdog, monkeypatch, *[6.0] * 12)})
+    watchdog.beat()
+    look(clock, watchdog, monkeypatch, *[6.0] * 12)
+    assert ["torch.compile" in told for _, told, _ in reports] == [True, False]
 
 
 def test_abort_needs_a_limit() -> None:

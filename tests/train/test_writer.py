@@ -12,6 +12,7 @@ import torch
 
 from slm.core.errors import SlmError
 from slm.train import keep
+from slm.train.learner import Learner
 from slm.train.memory import training_bytes
 from slm.train.precision import FLOAT32
 from slm.train.recipe import Recipe
@@ -114,6 +115,23 @@ def test_a_full_disk_is_reported_at_the_next_save_or_at_the_end(
     assert state is not None and state.counters.micro_steps == (10 if at_end else 2)
     resume(OUT)
     assert fingerprint(OUT) == fingerprint(Path("uncut"))
+
+
+def test_an_error_of_the_writer_does_not_replace_the_one_that_ends_the_run(
+    small_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, notes: Notes
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("the tensors cannot be written")
+
+    def diverges(*_: object, **__: object) -> None:
+        raise FloatingPointError("the loss is nan")
+
+    monkeypatch.setattr(keep, "save_state", broken)
+    update, numbers = Learner.update, iter(range(100))
+    monkeypatch.setattr(Learner, "update", lambda *each: update(*each) if next(numbers) == 0 else diverges())
+    with pytest.raises(SlmError, match=r"^update 2, micro-step 3: the loss is nan"):
+        train(small_recipe(checkpoints=IN_BACKGROUND), OUT, notes)
+    assert notes.lines[-1] == "warning: RuntimeError('the tensors cannot be written')"
 
 
 KILLED = """
