@@ -355,6 +355,28 @@ def test_parts_cover_every_document_once() -> None:
     assert all(sum(piece.bytes for piece in part.ranges) <= 4000 or len(part.ranges) == 1 for part in parts)
 
 
+class Counted(int):
+    """A number of bytes that counts how often it is added."""
+
+    additions = 0
+
+    def __add__(self, other: int) -> int:
+        Counted.additions += 1
+        return int(self) + int(other)
+
+    __radd__ = __add__
+
+    def __floordiv__(self, other: int) -> "Counted":
+        return Counted(int(self) // other)
+
+
+def test_the_work_of_the_division_is_linear_in_the_number_of_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Counted, "additions", 0)
+    ranges = [FileRange(LocalFile(Path(f"{number}.txt")), 0, 1, Counted(1)) for number in range(3_000)]
+    (part,) = parts_of("train", ranges)
+    assert len(part.ranges) == 3_000 and 0 < Counted.additions <= 3 * 3_000
+
+
 def test_bits_of_kept_documents() -> None:
     kept = [True, False, True, True, False, False, False, True, True, False]
     assert unpacked(packed(kept), len(kept)).tolist() == kept
