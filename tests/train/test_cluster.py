@@ -180,6 +180,28 @@ def test_other_settings_or_another_text_start_over() -> None:
         assert contents(change) == contents(f"{change}-without")
 
 
+def test_another_column_starts_over(stories: list[str]) -> None:
+    for file in Path("texts").iterdir():
+        file.unlink()
+    for number in range(6):
+        rows = [{"text": story, "other": f"Other. {story}"} for story in stories[3 * number : 3 * number + 3]]
+        Path(f"texts/{number}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    settings = DatasetSettings(vocab_size=300, shard_tokens=2000)
+
+    def prepare(out: str, machines: Machines, reading: Reading) -> Notes:
+        notes = Notes()
+        corpus = open_corpus(["texts"], None, reading, scanning(machines, notes))
+        prepare_on_cluster(corpus, Path(out), settings, machines, notes)
+        return notes
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare("with", Machines(stops_after=9), Reading())
+    notes = prepare("with", Machines(), Reading(column="other"))
+    prepare_dataset(open_corpus(["texts"], None, Reading(column="other")), Path("without"), settings, Silent())
+    assert contents("with") == contents("without")
+    assert any(note.startswith("starting over") for note in notes.lines)
+
+
 def test_a_preparation_that_a_cluster_began_can_end_without_one() -> None:
     whole = Machines()
     on_cluster("whole", whole)

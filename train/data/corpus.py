@@ -243,7 +243,7 @@ def _measured_on(corpus: Corpus, measured: _Files) -> Corpus:
         held_out="--val",
         sources=tuple(source for source in corpus.sources if source.split == "train") + measured.sources,
         counts=(corpus.counts[0], measured.documents),
-        fingerprint=(*corpus.fingerprint, *measured.fingerprint),
+        fingerprint=(corpus.fingerprint, measured.fingerprint),
         files=None if corpus.files is None else (corpus.files[0], tuple(measured.ranges)),
     )
 
@@ -371,6 +371,7 @@ def _from_hub(name: str, reading: Reading) -> Corpus:
         _TINYSTORIES_LICENCE if tinystories else rows.licence,
         (train, validation),
         (identifier, reading.config, reading.split, reading.streaming, *rows.fingerprint, *_local_files(identifier)),
+        column=reading.column,
     )
     if rows.has_validation:
         own = "its own" if validation is None else f"its own {_count(validation)}"

@@ -228,6 +228,7 @@ def settings_sha256(corpus: Corpus, settings: DatasetSettings) -> str:
         "tokenizer": _tokenizer_settings(settings.tokenizer),
         "held_out": corpus.held_out,
         "text": corpus.fingerprint,
+        "column": corpus.column,
         "versions": settings.selection.versions(),
     }
     return hashlib.sha256(json.dumps(state, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
