@@ -242,6 +242,60 @@ def test_an_object_store_in_and_out() -> None:
         prepare_on_cluster(open_corpus(["texts"], None), "memory://bucket2", settings, Machines(), Silent())
 
 
+@pytest.fixture
+def bucket() -> Iterator[Any]:
+    """An object store with the texts."""
+    store = fsspec.filesystem("memory")
+    store.store.clear()
+    store.pseudo_dirs[:] = [""]
+    store.put("texts", "/texts", recursive=True)
+    yield store
+    store.store.clear()
+
+
+def to_bucket(machines: Machines, progress: Silent | None = None, **options: Any) -> None:
+    progress = progress or Silent()
+    corpus = open_corpus(["memory://texts"], None, Reading(), scanning(machines, progress))
+    settings = DatasetSettings(**{"vocab_size": 300, "shard_tokens": 2000} | options)
+    prepare_on_cluster(corpus, "memory://bucket/made", settings, machines, progress)
+
+
+def in_bucket(store: Any, **options: Any) -> bool:
+    """Whether the dataset in the store is the one that is prepared without a cluster."""
+    settings = DatasetSettings(**{"vocab_size": 300, "shard_tokens": 2000} | options)
+    prepare_dataset(open_corpus(["memory://texts"], None), Path("without"), settings, Silent(), overwrite=True)
+    made = {Path(name).name: store.cat_file(name) for name in store.ls("/bucket/made", detail=False)}
+    return made == {file.name: file.read_bytes() for file in Path("without").iterdir()}
+
+
+def test_other_settings_start_over_in_an_object_store(bucket: Any) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        to_bucket(Machines(stops_after=15))
+    notes, machines = Notes(), Machines()
+    to_bucket(machines, notes, vocab_size=310)
+    assert [note for note in notes.lines if note.startswith("starting over: the unfinished dataset there has other")]
+    assert machines.counts["encode"] > 6 and in_bucket(bucket, vocab_size=310)
+
+
+def test_a_removal_that_was_interrupted_leaves_nothing_that_is_used(
+    bucket: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        to_bucket(Machines(stops_after=20))
+
+    def half(self: Any, path: str, recursive: bool = False) -> None:
+        for name in sorted(self.find(path), reverse=True)[1::2]:
+            self.rm_file(name)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(bucket), "rm", half)
+        to_bucket(Machines(), vocab_size=310)
+    notes = Notes()
+    to_bucket(Machines(), notes)
+    assert in_bucket(bucket) and not any(note.startswith("going on") for note in notes.lines)
+
+
 def test_a_machine_that_sees_another_file_is_named() -> None:
     corpus = open_corpus(["texts"], None, Reading())
     Path("texts/b2.jsonl").write_text('{"text": "changed"}\n', encoding="utf-8")

@@ -31,6 +31,7 @@ from slm.version import __version__
 # In the work directory, besides the dataset's own files.
 _STATE_FILE = "preparation.json"
 SEEN_FILE = "seen.sqlite3"
+STARTING_OVER = "starting over: the unfinished dataset there has other settings or another text"
 
 # Maximum length in `tokenizer_config.json` as long as there is no model: Gemma 3's. A run writes that of its model.
 _MAX_LENGTH = 32_768
@@ -259,7 +260,7 @@ def go_on_or_start(work: Path, sha256: str, progress: Progress) -> None:
         return
     left = [path for path in work.iterdir() if path.name != _STATE_FILE]
     if left or found is not None:
-        progress.note("starting over: the unfinished dataset there has other settings or another text")
+        progress.note(STARTING_OVER)
     file.unlink(missing_ok=True)  # first: without it nothing in the directory is resumed
     _remove(left)
     write_text(file, json.dumps(state) + "\n")

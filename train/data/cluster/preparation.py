@@ -30,6 +30,7 @@ from slm.train.data.corpus import Corpus, Reading, Scan
 from slm.train.data.dataset import DatasetManifest, Split
 from slm.train.data.preparation import (
     SEEN_FILE,
+    STARTING_OVER,
     DatasetSettings,
     check_out,
     go_on_or_start,
@@ -125,7 +126,7 @@ def prepare_on_cluster(
         if isinstance(out, str):
             store.write(DATASET_FILE, manifest.to_json().encode())
             publish(out, manifest, store.copy, progress)
-            store.clear()
+            store.clear(_STATE_FILE)
         else:
             tidy(work, manifest)
             replace_directory(work, out.resolve())
@@ -151,7 +152,9 @@ def _remote_work(address: str, overwrite: bool) -> Iterator[tuple[Path, Store]]:
 def _restore(store: Store, work: Path, sha256: str, progress: Progress) -> None:
     """Copies the tokenizer of an unfinished remote dataset to the local directory, or removes a dataset of other settings."""
     if store.done(_STATE_FILE, sha256) is None:
-        store.clear()
+        if store.exists:
+            progress.note(STARTING_OVER)
+            store.clear(_STATE_FILE)
         return
     for name in (TOKENIZER_CONFIG_FILE, TOKENIZER_FILE):
         (work / name).write_bytes(store.read(name))

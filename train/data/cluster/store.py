@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -107,16 +106,23 @@ class Store:
         """Notes the result of a job, after its files are complete."""
         self.write(name, json.dumps({"key": key, "result": result}).encode())
 
+    @property
+    def exists(self) -> bool:
+        """Whether an object store has any of the files."""
+        assert self._files is not None
+        with reported(self.root, "list"):
+            return bool(self._files.exists(self.root))
+
     def copy(self, name: str, target: str) -> None:
         """Copies a file within an object store."""
         assert self._files is not None
         self._files.copy(self.place(name), target)
 
-    def clear(self) -> None:
-        """Removes all files."""
-        if self._files is None:
-            shutil.rmtree(self.root, ignore_errors=True)
-            return
+    def clear(self, first: str) -> None:
+        """Removes all files, one of them before the others: without it no file that an interruption leaves is used."""
+        assert self._files is not None
         with reported(self.root, "remove"):
-            if self._files.exists(self.root):
+            if self._files.exists(self.place(first)):
+                self._files.rm_file(self.place(first))
+            if self.exists:
                 self._files.rm(self.root, recursive=True)
