@@ -1,7 +1,11 @@
 """Preparation on a cluster, without Ray: the scheduling, the division of work, and the bytes with and without losses."""
 
+import errno
+import io
 import itertools
 import json
+import os
+import sqlite3
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -487,3 +491,74 @@ def test_without_ray_its_installation_is_named(monkeypatch: pytest.MonkeyPatch, 
     assert result.code == 1 and "--ray needs the package ray" in result.err and not Path("out").exists()
     result = slm("data", "prepare", "--data", "hf:OWNER/NAME", "--ray", "auto", "--out", "out")
     assert result.code == 2 and "--ray requires files or addresses" in result.err
+
+
+def full(*names: str) -> Any:
+    """A replacement of `Path.open` for a disk that is full where a name has one of the parts."""
+    real = Path.open
+
+    class Full(io.BytesIO):
+        def write(self, data: Any) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def opened(self: Path, mode: str = "r", *rest: Any, **more: Any) -> Any:
+        if "w" in mode and any(name in str(self) for name in names):
+            real(self, mode, *rest, **more).close()
+            return Full()
+        return real(self, mode, *rest, **more)
+
+    return opened
+
+
+def test_a_full_disk_is_one_error_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Machines()
+    on_cluster("without", whole, **EVERYTHING)
+    done: Counter[str] = Counter()
+    for name, said in (
+        ("/.train-00002.findings.", "/parts/train-00002.findings (on "),
+        ("/.train-00002.kept.", "/parts/train-00002.kept (hint: "),
+        ("/slm-", "temporary files (on "),
+        ("/.train-00001.text.", "/parts/train-00001.text (on "),
+        ("/.encode-train-00003.done.", "/parts/encode-train-00003.done (on "),
+        ("/.train-00001.bin.", "/.with.unfinished/train-00001.bin (on "),
+    ):
+        machines = Machines()
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "open", full(name))
+            with pytest.raises(SlmError) as caught:
+                on_cluster("with", machines, **EVERYTHING)
+        assert str(caught.value).startswith("no space left on the disk for ") and said in str(caught.value)
+        assert (caught.value.hint or "").endswith("what is finished is kept, and the same command continues")
+        assert not list(Path(".with.unfinished").rglob("*.partial"))
+        done.update(machines.counts)
+    machines = Machines()
+    on_cluster("with", machines, **EVERYTHING)
+    assert contents("with") == contents("without")
+    done.update(machines.counts)
+    # Only the tasks that failed were run twice.
+    assert done["examine"] + done["encode"] == whole.counts["examine"] + whole.counts["encode"] + 4
+
+
+@pytest.mark.parametrize("name", ["/slm-", "seen.sqlite3"])
+def test_a_full_disk_of_temporary_files_is_one_error(
+    bucket: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        if name == "seen.sqlite3":
+            connect = sqlite3.connect
+            patch.setattr(sqlite3, "connect", lambda file, **options: limited(connect(file, **options)))
+        else:
+            patch.setattr(Path, "open", full(name))
+        with pytest.raises(
+            SlmError, match=r"^no space left on the disk for temporary files|^cannot keep track of"
+        ) as caught:
+            to_bucket(Machines(), **EVERYTHING)
+    assert "TMPDIR=DIR" in (caught.value.hint or "")
+    to_bucket(Machines(), **EVERYTHING)
+    assert in_bucket(bucket, **EVERYTHING)
+
+
+def limited(connection: sqlite3.Connection) -> sqlite3.Connection:
+    """A database that cannot grow."""
+    connection.execute("PRAGMA max_page_count=1")
+    return connection

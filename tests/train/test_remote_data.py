@@ -1,5 +1,6 @@
 """Text and datasets behind addresses: what is read and written, the cache, and what may not be in an address."""
 
+import errno
 import gzip
 import json
 import os
@@ -15,6 +16,7 @@ from slm.core.errors import SlmError
 from slm.core.progress import Silent
 from slm.core.runs import cached_data
 from slm.train.data import dataset as datasets
+from slm.train.data import workers
 from slm.train.data.corpus import open_corpus
 from slm.train.data.dataset import open_dataset, open_remote
 from slm.train.data.preparation import DatasetSettings, prepare_dataset
@@ -22,6 +24,7 @@ from slm.train.data.remote import cache, locations, text
 from slm.train.data.remote.datasets import check_remote, publish, remote_manifest
 from slm.train.data.remote.locations import is_remote
 from slm.train.data.remote.preparation import prepare_remote_dataset
+from slm.train.data.tokens import TokenFileWriter
 from slm.train.recipe import Recipe
 from slm.train.run import resume, train
 from tests.progress import Notes, Stopper
@@ -178,6 +181,56 @@ def test_an_interrupted_upload_does_not_prepare_again(
         "slm.train.data.remote.preparation.prepare_dataset", lambda *_, **__: pytest.fail("prepared again")
     )
     prepare_remote_dataset(corpus, "memory://new/stories", SETTINGS, Silent())
+    assert open_remote("memory://new/stories").manifest.train.documents
+
+
+def out_of_space(*_: Any, **__: Any) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_is_one_error(store: Any, stored: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    notes = Notes()
+
+    def prepare() -> None:
+        corpus = open_corpus(["memory://texts"], None)
+        prepare_remote_dataset(corpus, "memory://new/stories", SETTINGS, notes)
+
+    with (
+        pytest.raises(SlmError, match="no space left on the disk for the cache: ") as caught,
+        monkeypatch.context() as patch,
+    ):
+        patch.setattr(Path, "write_text", out_of_space)
+        prepare()
+    assert "SLM_CACHE=DIR" in (caught.value.hint or "")
+    with (
+        pytest.raises(SlmError, match=r"no space left to fetch memory:///texts/a\.txt") as caught,
+        monkeypatch.context() as patch,
+    ):
+        patch.setattr(type(store), "get_file", out_of_space)
+        prepare()
+    assert "SLM_CACHE=DIR" in (caught.value.hint or "")
+    add, left = TokenFileWriter.add, [40]
+
+    def filling(*arguments: Any) -> None:
+        left[0] -= arguments[-1]
+        add(*arguments) if left[0] > 0 else out_of_space()
+
+    monkeypatch.setattr(workers, "_BATCH_CHARACTERS", 1000)
+    with (
+        pytest.raises(SlmError, match="no space left on the disk for the cache: ") as caught,
+        monkeypatch.context() as patch,
+    ):
+        patch.setattr(TokenFileWriter, "add", filling)
+        prepare()
+    with (
+        pytest.raises(SlmError, match="no space left to write memory://new/stories") as caught,
+        monkeypatch.context() as patch,
+    ):
+        patch.setattr(type(store), "put_file", out_of_space)
+        prepare()
+    assert "what is finished is kept" in (caught.value.hint or "")
+    assert any(note.startswith("going on after ") for note in notes.lines)
+    prepare()
     assert open_remote("memory://new/stories").manifest.train.documents
 
 

@@ -7,7 +7,6 @@ continues after an interruption.
 
 import hashlib
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from slm.core.tokenizer import TOKENIZER_FILE, Tokenizer
 from slm.core.tokenizer_config import TOKENIZER_CONFIG_FILE
 from slm.train.data.cluster.jobs import Cluster, Job, run_jobs
 from slm.train.data.cluster.layout import Part, packed, parts_of, shards_of
-from slm.train.data.cluster.store import Store
+from slm.train.data.cluster.store import PARTIAL, Store, scratch_directory, writable
 from slm.train.data.corpus import Corpus, Reading, Scan
 from slm.train.data.dataset import DatasetManifest, Split
 from slm.train.data.preparation import (
@@ -137,7 +136,10 @@ def prepare_on_cluster(
 def _local_work(out: Path, overwrite: bool, progress: Progress) -> Iterator[tuple[Path, Store]]:
     out = out.resolve()
     check_out(out, overwrite=overwrite)
-    with work_directory(out, progress) as work:
+    with work_directory(out, progress) as work, writable(str(out)):
+        # Tasks that were killed while they wrote.
+        for left in work.rglob(f".*{PARTIAL}"):
+            left.unlink(missing_ok=True)
         yield work, Store(str(work))
 
 
@@ -145,8 +147,8 @@ def _local_work(out: Path, overwrite: bool, progress: Progress) -> Iterator[tupl
 def _remote_work(address: str, overwrite: bool) -> Iterator[tuple[Path, Store]]:
     check_remote_out(address, overwrite=overwrite)
     name = address.rstrip("/").rpartition("/")[2]
-    with tempfile.TemporaryDirectory(prefix="slm-") as scratch:
-        yield Path(scratch), Store(beside(address, f".{name}.unfinished"))
+    with scratch_directory() as scratch:
+        yield scratch, Store(beside(address, f".{name}.unfinished"))
 
 
 def _restore(store: Store, work: Path, sha256: str, progress: Progress) -> None:
@@ -215,8 +217,8 @@ class _Preparation:
         if self._selection.selects:
             self._examine()
             with (
-                tempfile.TemporaryDirectory(prefix="slm-") as scratch,
-                selecting(self._selection, Path(scratch, SEEN_FILE)) as selector,
+                scratch_directory() as scratch,
+                selecting(self._selection, scratch / SEEN_FILE) as selector,
             ):
                 kept = self._select(selector)
                 duplicates, record = selector.duplicates, selector.record()

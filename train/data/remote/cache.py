@@ -4,6 +4,7 @@ A process locks an entry while it fetches it. The total size is bounded by $SLM_
 removed to make room. A run that has mapped a removed file keeps it until it ends.
 """
 
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -54,7 +55,7 @@ def entry(kind: str, key: str, size: int, what: str) -> Iterator[Path]:
     """
     root = cached_data()
     place = root / kind / key
-    try:
+    with writable():
         root.mkdir(parents=True, exist_ok=True)
         with sole(place, wait_s=_WAIT_S, doing=f"fetches {what}"):
             place.mkdir(parents=True, exist_ok=True)
@@ -64,9 +65,23 @@ def entry(kind: str, key: str, size: int, what: str) -> Iterator[Path]:
                 _make_room(root, place, size, what)
             yield place
             os.utime(place)
-    except PermissionError as error:
+
+
+@contextmanager
+def writable() -> Iterator[None]:
+    """Turns the errors of a cache that cannot be written, or of a full disk, into SlmErrors."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise SlmError(
+                f"no space left on the disk for the cache: {error.filename or cached_data()}",
+                "free some space, or SLM_CACHE=DIR sets another directory; the same command continues",
+            ) from None
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
         raise SlmError(
-            f"the cache is not writable: {error.filename or root}", "SLM_CACHE=DIR sets another directory"
+            f"the cache is not writable: {error.filename or cached_data()}", "SLM_CACHE=DIR sets another directory"
         ) from None
 
 

@@ -115,7 +115,10 @@ def reported(address: str, action: str) -> Iterator[None]:
         raise SlmError(f"access denied: {address}", _CREDENTIALS) from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise SlmError(f"no space left to fetch {address}", "SLM_CACHE=DIR sets another cache directory") from None
+            hint = "free some space there: what is finished is kept, and the same command continues"
+            if action != "write":
+                hint = "free some space on the disk of the cache; SLM_CACHE=DIR sets another directory"
+            raise SlmError(f"no space left to {action} {address}", hint) from None
         raise _failed(address, action, error) from None
     except Exception as error:
         raise _failed(address, action, error) from None

@@ -11,6 +11,7 @@ from slm.core.tokenizer import Tokenizer
 from slm.train.data.corpus import Corpus
 from slm.train.data.dataset import open_dataset
 from slm.train.data.preparation import DatasetSettings, prepare_dataset, settings_sha256
+from slm.train.data.remote.cache import writable
 from slm.train.data.remote.datasets import check_remote_out, publish
 from slm.train.data.remote.locations import file_system
 
@@ -44,7 +45,7 @@ def prepare_remote_dataset(
     place = cached_data().with_name("unfinished") / hashlib.sha256(address.encode()).hexdigest()[:32]
     dataset, made_of = place / "dataset", place / "settings"
     wanted = settings_sha256(corpus, settings)
-    with sole(place, doing=f"prepares {address}"):
+    with writable(), sole(place, doing=f"prepares {address}"):
         place.mkdir(parents=True, exist_ok=True)
         if not made_of.is_file() or read_text(made_of, "the state of the preparation").strip() != wanted:
             made_of.unlink(missing_ok=True)

@@ -114,7 +114,7 @@ def fetch(address: str, local: Path) -> None:
     Raises:
         SlmError: When it cannot be read.
     """
-    with reported(address, "read"):
+    with reported(address, "fetch"):
         file_system(address).get_file(address, str(local))
 
 
