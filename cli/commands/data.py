@@ -41,12 +41,13 @@ class Place(FilePath):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Returns the path or the address."""
-        from slm.train.data.remote.locations import is_remote, without_file_protocol
+        from slm.train.data.remote.locations import check_path, is_remote, without_file_protocol
 
         if isinstance(value, str):
             if is_remote(value):
                 return value.rstrip("/")
             value = without_file_protocol(value)
+            check_path(value)
         return super().convert(value, param, ctx)
 
 

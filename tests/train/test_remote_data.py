@@ -353,6 +353,10 @@ def test_the_least_recently_used_goes_first(monkeypatch: pytest.MonkeyPatch) -> 
         "hf://user:SECRET@datasets/x",
         "s3://bucket/x.txt?X-Amz-Signature=SECRET",
         "gs://b/x?sig=SECRET",
+        "s3://KEY:SEC/SECRET@bucket/x",
+        "S3://KEY:SECRET@bucket/x",
+        "https://user:SECRET@example.org/x.txt",
+        "gs://b/x.txt?versionId=1&access_token=SECRET",
     ],
 )
 def test_credentials_in_an_address_are_rejected_and_not_shown(address: str) -> None:
@@ -372,10 +376,29 @@ def test_credentials_in_an_address_are_rejected_and_not_shown(address: str) -> N
         ("s3:bucket", False),
         ("texts/s3://x", False),
         ("C:\\texts", False),
+        ("C://texts", False),
+        ("s3://bucket/x.txt?versionId=1", True),
+        ("s3://arn:aws:s3:us-east-1:1234:accesspoint/name/x@1", True),
     ],
 )
 def test_which_values_are_addresses(name: str, remote: bool) -> None:
     assert is_remote(name) is remote
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("memory:///", "memory:/// names no directory or file"),
+        ("s3://", "s3:// names no directory or file"),
+        ("S3://bucket/x", "S3://bucket/x is an address of an unknown kind"),
+        ("https://example.org/x", "https://example.org/x is an address of an unknown kind"),
+    ],
+)
+def test_an_address_of_nothing_is_not_a_local_directory(slm: Any, name: str, said: str) -> None:
+    for arguments in (("prepare", "--data", "sample", "--out", name), ("prepare", "--data", name), ("info", name)):
+        result = slm("data", *arguments)
+        assert result.code == 1 and said in result.err, arguments
+    assert not list(Path().iterdir())
 
 
 def test_the_package_of_a_protocol_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

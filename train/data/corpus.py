@@ -14,7 +14,7 @@ from slm.core.text.documents import TEXT_COLUMN, Beginning, first_documents, tex
 from slm.core.text.streams import DOCUMENT_BYTES
 from slm.train.data.dataset import Source
 from slm.train.data.huggingface import HubDataset
-from slm.train.data.remote.locations import is_remote, without_file_protocol
+from slm.train.data.remote.locations import check_path, is_remote, without_file_protocol
 from slm.train.data.remote.text import remote_files
 from slm.train.data.sources import FileRange, LocalFile, TextSource
 
@@ -145,8 +145,12 @@ def is_named(name: str) -> bool:
 def _all_files(paths: Sequence[str]) -> list[TextSource]:
     files: list[TextSource] = []
     for path in paths:
-        local = Path(without_file_protocol(path))
-        files += map(LocalFile, text_files([local])) if not is_remote(path) else remote_files(path)
+        if is_remote(path):
+            files += remote_files(path)
+            continue
+        local = without_file_protocol(path)
+        check_path(local)
+        files += map(LocalFile, text_files([Path(local)]))
     return files
 
 
