@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,33 @@ def test_a_taken_address_is_not_overwritten(store: Any, stored: list[str], datas
     manifest, _ = remote_manifest(dataset)
     assert len(manifest.sources) == 1
     assert {name.rpartition("/")[2] for name in store.ls("/made/stories", detail=False)} == set(manifest.files)
+
+
+def test_an_output_that_is_a_pattern_is_rejected(store: Any, stored: list[str]) -> None:
+    """`rm` of fsspec would remove what matches."""
+    corpus = open_corpus(["memory://texts/a.txt"], None)
+    for address in ("memory://made/x*", "memory://a?/x", "memory://[a]/x"):
+        with pytest.raises(SlmError, match=r"has one of the characters \* \? \[ \]"):
+            prepare_remote_dataset(corpus, address, SETTINGS, Silent())
+
+
+def test_a_directory_that_a_console_created_is_empty(
+    store: Any, stored: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ls = type(store).ls
+
+    def with_itself(self: Any, path: str, detail: bool = True, **more: Any) -> Any:
+        found = [{"name": "made/new/", "size": 0, "type": "directory"}] if path.endswith("made/new") else []
+        with suppress(FileNotFoundError):
+            found += ls(self, path, detail=True, **more)
+        return found if detail else [each["name"] for each in found]
+
+    monkeypatch.setattr(type(store), "ls", with_itself)
+    corpus = open_corpus(["memory://texts/a.txt"], None)
+    prepare_remote_dataset(corpus, "memory://made/new", SETTINGS, Silent())
+    assert open_remote("memory://made/new").manifest.train.documents
+    with pytest.raises(SlmError, match=r"memory://texts/a\.txt holds something that is not of a dataset: a\.txt"):
+        prepare_remote_dataset(corpus, "memory://texts/a.txt", SETTINGS, Silent())
 
 
 def test_a_reader_never_sees_half_of_a_dataset(store: Any, stored: list[str], dataset: str) -> None:
