@@ -25,6 +25,7 @@ from slm.train.data.remote import cache, locations, text
 from slm.train.data.remote.datasets import check_remote, publish, remote_manifest
 from slm.train.data.remote.locations import is_remote
 from slm.train.data.remote.preparation import prepare_remote_dataset
+from slm.train.data.remote.text import remote_files
 from slm.train.data.tokens import TokenFileWriter
 from slm.train.recipe import Recipe
 from slm.train.run import resume, train
@@ -100,6 +101,37 @@ def test_changed_text_is_fetched_and_starts_over(store: Any, stored: list[str]) 
     store.pipe("/texts/a.txt", END.join(stored[1:20] + stored[:1]).encode())
     after = open_corpus(["memory://texts/a.txt"], None)
     assert next(after.train()) == stored[1].strip("\n") and before.fingerprint != after.fingerprint
+
+
+def test_text_that_is_replaced_while_it_is_read_is_noticed(store: Any, stored: list[str]) -> None:
+    """Another machine, or a later stage, would read other documents of the same size under the old name."""
+    (file,) = remote_files("memory://texts/a.txt")
+    content = store.cat_file("/texts/a.txt")
+    store.pipe("/texts/a.txt", content[::-1])
+    with pytest.raises(SlmError, match=r"memory:///texts/a\.txt changed while it was read"):
+        next(file.parts("text", 1 << 20))
+    assert not list(cached_data().glob("files/*/text*"))
+    (file,) = remote_files("memory://texts/a.txt")
+    store.pipe("/texts/a.txt", content)
+    with pytest.raises(SlmError, match="changed while it was read"):
+        next(file.parts("text", 1 << 20))
+
+
+def test_text_that_was_changed_in_the_cache_is_fetched_again(stored: list[str], downloads: list[str]) -> None:
+    open_corpus(["memory://texts/a.txt"], None)
+    (file,) = cached_data().glob("files/*/text.txt")
+    file.write_bytes(b"Q" + file.read_bytes()[1:])
+    os.utime(file, (1e9, 1e9))
+    corpus = open_corpus(["memory://texts/a.txt"], None)
+    assert next(corpus.train()) == stored[0].strip("\n") and downloads == ["a.txt", "a.txt"]
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".TXT", "x\\..\\..\\x.txt", "a:b?.v1.txt"])
+def test_the_name_of_an_object_is_no_name_in_the_cache(store: Any, stories: list[str], name: str) -> None:
+    store.pipe(f"/names/{name}", END.join(stories[:9]).encode())
+    corpus = open_corpus(["memory://names"], None)
+    assert next(corpus.train()) == stories[0].strip("\n") and corpus.sources[0].name == f"memory:///names/{name}"
+    assert [file.name for file in cached_data().rglob("*.txt")] == ["text.txt"]
 
 
 @pytest.mark.parametrize(
