@@ -4,6 +4,7 @@ import errno
 import gzip
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -404,6 +405,38 @@ def test_the_least_recently_used_goes_first(monkeypatch: pytest.MonkeyPatch) -> 
     with cache.entry("files", "another", 15, "another"):
         pass
     assert sorted(path.name for path in cached_data().glob("files/*") if path.is_dir()) == ["another", "new"]
+
+
+@pytest.mark.parametrize("limit", ["1GiB", "500"])
+def test_the_work_of_the_cache_is_linear_in_the_number_of_files(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a limit of 50 entries, every fifth one makes room; each time all of them are looked at."""
+    monkeypatch.setenv("SLM_CACHE_BYTES", limit)
+    looked: list[Path] = []
+    size = cache._size
+    monkeypatch.setattr(cache, "_size", lambda place: looked.append(place) or size(place))
+    for number in range(150):
+        with cache.entry("files", str(number), 10, "file"):
+            pass
+    kept = sum(path.is_dir() for path in cached_data().glob("files/*"))
+    assert kept == 150 if limit == "1GiB" else 45 <= kept <= 50
+    assert len(looked) <= (1 + 15) * 150
+
+
+def test_the_size_of_the_cache_is_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLM_CACHE_BYTES", "100")
+    for number in range(10):
+        with cache.entry("files", str(number), 10, "file"):
+            pass
+    for number in range(5):
+        shutil.rmtree(cached_data() / "files" / str(number))
+    for number in range(20, 25):  # there is room for them
+        with cache.entry("files", str(number), 10, "file"):
+            pass
+    assert sum(path.is_dir() for path in cached_data().glob("files/*")) == 10
+    (cached_data() / "total").write_text("")
+    with cache.entry("files", "30", 10, "file"):
+        pass
+    assert sum(path.is_dir() for path in cached_data().glob("files/*")) == 9
 
 
 @pytest.mark.parametrize(
