@@ -361,6 +361,22 @@ def test_a_full_disk_is_one_error_and_can_be_gone_on_with(
     assert contents("cut") == contents("whole")
 
 
+def test_a_dataset_that_cannot_be_put_in_its_place_is_not_lost(
+    small_batches: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def used(work: Path, out: Path) -> None:
+        raise SlmError(f"cannot replace {out}: a program uses one of its files")
+
+    with monkeypatch.context() as patch, pytest.raises(SlmError, match="a program uses one of its files"):
+        patch.setattr(preparation, "replace_directory", used)
+        make("cut", "stories.txt")
+    notes = Notes()
+    make("cut", "stories.txt", progress=notes)
+    make("whole", "stories.txt")
+    assert any(line.startswith("going on after ") for line in notes.lines)
+    assert contents("cut") == contents("whole")
+
+
 def test_two_preparations_of_one_dataset(small_batches: None) -> None:
     class Second(Silent):
         def start(self, name: str, total: int | None, unit: str) -> None:

@@ -295,6 +295,20 @@ def test_a_full_disk_is_one_error(store: Any, stored: list[str], monkeypatch: py
     assert open_remote("memory://new/stories").manifest.train.documents
 
 
+@pytest.mark.parametrize("name", ["train-00001.bin", "dataset.json", "tokenizer.json"])
+def test_a_dataset_that_was_changed_before_the_upload_is_prepared_again(
+    store: Any, stored: list[str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = open_corpus(["memory://texts"], None)
+    with monkeypatch.context() as patch, pytest.raises(SlmError, match="cannot write"):
+        patch.setattr(type(store), "put_file", lambda *_, **__: (_ for _ in ()).throw(ConnectionError))
+        prepare_remote_dataset(corpus, "memory://new/stories", SETTINGS, Silent())
+    (file,) = cached_data().with_name("unfinished").glob(f"*/dataset/{name}")
+    file.write_bytes(file.read_bytes()[:-2] + b"xx")
+    prepare_remote_dataset(corpus, "memory://new/stories", SETTINGS, Silent())
+    check_remote("memory://new/stories", open_remote("memory://new/stories").manifest)
+
+
 def test_a_copy_is_fetched_once_and_again_where_it_is_damaged(dataset: str, downloads: list[str]) -> None:
     files = remote_manifest(dataset)[0].files
     open_remote(dataset)

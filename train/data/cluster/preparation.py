@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from slm.core.errors import SlmError
-from slm.core.files import replace_directory, write_text
+from slm.core.files import write_text
 from slm.core.progress import Progress
 from slm.core.text.files import DATASET_FILE
 from slm.core.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -32,9 +32,9 @@ from slm.train.data.preparation import (
     STARTING_OVER,
     DatasetSettings,
     check_out,
+    finish,
     go_on_or_start,
     settings_sha256,
-    tidy,
     tokenizer_in,
     work_directory,
 )
@@ -127,8 +127,7 @@ def prepare_on_cluster(
             publish(out, manifest, store.copy, progress)
             store.clear(_STATE_FILE)
         else:
-            tidy(work, manifest)
-            replace_directory(work, out.resolve())
+            finish(work, out.resolve(), manifest, sha256)
     return manifest, made.tokenizer
 
 
