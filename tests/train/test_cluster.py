@@ -17,6 +17,7 @@ import pytest
 
 from slm.core.errors import SlmError
 from slm.core.progress import Silent
+from slm.core.text.documents import Beginning
 from slm.train.data.cluster import layout, ray_cluster, tasks
 from slm.train.data.cluster.jobs import Job, LostError, run_jobs
 from slm.train.data.cluster.layout import Slice, packed, parts_of, shards_of, unpacked
@@ -118,6 +119,20 @@ def test_a_cluster_makes_the_same_bytes(options: dict[str, Any]) -> None:
     assert machines.counts["encode"] > 6 and machines.counts["scan"] >= 7
     assert machines.counts["examine"] == (machines.counts["encode"] if options == EVERYTHING else 0)
     assert not list(Path().glob(".*unfinished"))
+
+
+def test_long_documents_in_parts_and_other_line_ends_on_a_cluster(stories: list[str]) -> None:
+    """A document longer than the limit comes in parts; the divisions of a file are between documents."""
+    long = [" ".join(stories[3 * number : 3 * number + 3]) for number in range(12)]
+    Path("texts/a.txt").write_text(END.join(long).replace("\n", "\r\n"), encoding="utf-8", newline="")
+    reading, machines = Reading(limit=1200), Machines()
+    settings = DatasetSettings(vocab_size=300, shard_tokens=2000)
+    corpus = open_corpus(["texts/a.txt"], None, reading, scanning(machines, Silent()))
+    prepare_on_cluster(corpus, Path("with"), settings, machines, Silent())
+    corpus = open_corpus(["texts/a.txt"], None, reading)
+    assert sum(isinstance(part, Beginning) for part in corpus.train()) > 6
+    prepare_dataset(corpus, Path("without"), settings, Silent())
+    assert contents("with") == contents("without") and machines.counts["encode"] >= 4
 
 
 def test_near_duplicates_and_languages_on_a_cluster() -> None:
