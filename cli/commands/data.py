@@ -279,6 +279,7 @@ def prepare(text: CorpusOptions, dataset: DatasetOptions, work: WorkOptions, as_
     After an interruption, even a kill, the same command resumes after the last complete file. The result is the same byte
     for byte, with any number of workers and machines.
     """
+    from slm.train.data.cluster.preparation import unfinished_at
     from slm.train.data.preparation import check_out
     from slm.train.data.remote.datasets import check_remote_out
 
@@ -288,6 +289,8 @@ def prepare(text: CorpusOptions, dataset: DatasetOptions, work: WorkOptions, as_
     # Before the text is read.
     if isinstance(path, str):
         check_remote_out(path, overwrite=work.overwrite)
+        if work.ray is not None:
+            unfinished_at(path)
     else:
         check_out(path, overwrite=work.overwrite)
     check_tokenizer(dataset.tokenizer)

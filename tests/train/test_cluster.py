@@ -504,6 +504,8 @@ def test_without_ray_its_installation_is_named(monkeypatch: pytest.MonkeyPatch, 
     assert caught.value.hint == "pip install 'slm-edge[ray]' on every machine"
     result = slm("data", "prepare", "--data", "texts", "--ray", "auto", "--out", "out")
     assert result.code == 1 and "--ray needs the package ray" in result.err and not Path("out").exists()
+    result = slm("data", "prepare", "--data", "texts", "--ray", "auto", "--out", "memory://bucket2/")
+    assert result.code == 1 and "memory://bucket2 is a whole bucket" in result.err  # before the text is read
     result = slm("data", "prepare", "--data", "hf:OWNER/NAME", "--ray", "auto", "--out", "out")
     assert result.code == 2 and "--ray requires files or addresses" in result.err
 

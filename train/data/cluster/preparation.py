@@ -145,9 +145,18 @@ def _local_work(out: Path, overwrite: bool, progress: Progress) -> Iterator[tupl
 @contextmanager
 def _remote_work(address: str, overwrite: bool) -> Iterator[tuple[Path, Store]]:
     check_remote_out(address, overwrite=overwrite)
-    name = address.rstrip("/").rpartition("/")[2]
     with scratch_directory() as scratch:
-        yield scratch, Store(beside(address, f".{name}.unfinished"))
+        yield scratch, Store(unfinished_at(address))
+
+
+def unfinished_at(address: str) -> str:
+    """Returns the address where the unfinished parts of a dataset are.
+
+    Raises:
+        SlmError: When the dataset's address is a whole bucket.
+    """
+    name = address.rstrip("/").rpartition("/")[2]
+    return beside(address, f".{name}.unfinished")
 
 
 def _restore(store: Store, work: Path, sha256: str, progress: Progress) -> None:
