@@ -296,6 +296,14 @@ def test_other_settings_start_over_in_an_object_store(bucket: Any) -> None:
     assert machines.counts["encode"] > 6 and in_bucket(bucket, vocab_size=310)
 
 
+def test_jobs_that_were_not_done_cost_no_request_each(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    done = Store.done
+    monkeypatch.setattr(Store, "done", lambda self, name, key: asked.append(name) or done(self, name, key))
+    to_bucket(Machines())
+    assert asked == ["state.json"]
+
+
 def test_a_removal_that_was_interrupted_leaves_nothing_that_is_used(
     bucket: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

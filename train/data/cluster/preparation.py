@@ -50,6 +50,8 @@ from slm.version import __version__
 
 _SPLITS = ("validation", "train")
 _STATE_FILE = "state.json"
+# The directory of what the tasks of parts write, in the store.
+_PARTS = "parts"
 
 
 def scanning(cluster: Cluster, progress: Progress, most: int | None = None) -> Scan:
@@ -324,7 +326,7 @@ class _Preparation:
             self._base
             | fields
             | {
-                "done": f"parts/{task}-{name}.done",
+                "done": f"{_PARTS}/{task}-{name}.done",
                 "key": hashlib.sha256(text.encode()).hexdigest(),
             }
         )
@@ -332,7 +334,12 @@ class _Preparation:
 
     def _results(self, what: str, jobs: list[Job]) -> dict[str, Any]:
         """Runs the jobs that are not done yet, and returns the results of all by name."""
-        results = {job.name: self._store.done(job.spec["done"], job.spec["key"]) for job in jobs}
+        # One listing: a request for each job that was not done would take hours for a large text in an object store.
+        noted = self._store.names(_PARTS)
+        results = {
+            job.name: self._store.done(job.spec["done"], job.spec["key"]) if job.spec["done"] in noted else None
+            for job in jobs
+        }
         missing = [job for job in jobs if results[job.name] is None]
         if len(missing) < len(jobs):
             self._progress.note(f"{what}: {len(jobs) - len(missing)} of {len(jobs)} parts were finished before")

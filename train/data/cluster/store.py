@@ -156,6 +156,16 @@ class Store:
             return None
         return noted["result"] if isinstance(noted, dict) and noted.get("key") == key else None
 
+    def names(self, directory: str) -> set[str]:
+        """Returns the names of the files in a directory, with the directory before each; none if it does not exist."""
+        place = self.place(directory)
+        if self._files is not None:
+            with reported(place, "list"):
+                found = [str(name).rpartition("/")[2] for name in self._files.find(place)]
+        else:
+            found = os.listdir(place) if Path(place).is_dir() else []  # noqa: PTH208  # for a million of them
+        return {f"{directory}/{name}" for name in found}
+
     def note(self, name: str, key: str, result: Any) -> None:
         """Notes the result of a job, after its files are complete."""
         self.write(name, json.dumps({"key": key, "result": result}).encode())
