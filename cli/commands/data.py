@@ -41,12 +41,13 @@ class Place(FilePath):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Returns the path or the address."""
-        from slm.train.data.remote.locations import is_remote, without_file_protocol
+        from slm.train.data.remote.locations import check_path, is_remote, without_file_protocol
 
         if isinstance(value, str):
             if is_remote(value):
                 return value.rstrip("/")
             value = without_file_protocol(value)
+            check_path(value)
         return super().convert(value, param, ctx)
 
 
@@ -122,6 +123,51 @@ class DatasetOptions:
             quality=self.quality,
             licence=self.licence,
         )
+
+
+@dataclass(frozen=True)
+class WorkOptions:
+    """The place of the dataset, and the processes or machines that prepare it."""
+
+    out: Path | str | None
+    workers: int | None
+    ray: str | None
+    overwrite: bool
+
+    def prepare(self, text: CorpusOptions, path: Path | str, settings: "DatasetSettings") -> "Tokenizer":
+        """Prepares the dataset on this machine or on a cluster, and returns its tokenizer."""
+        from slm.train.data.cluster.preparation import prepare_on_cluster, scanning
+        from slm.train.data.cluster.ray_cluster import ray_cluster
+
+        progress = RichProgress()
+        if self.ray is None:
+            return self._prepare_here(_opened(text), path, settings, progress)
+        with ray_cluster(self.ray) as cluster:
+            corpus = _opened(text, scanning(cluster, progress, self.workers))
+            _, tokenizer = prepare_on_cluster(
+                corpus, path, settings, cluster, progress, most=self.workers, overwrite=self.overwrite
+            )
+        return tokenizer
+
+    def _prepare_here(
+        self, corpus: "Corpus", path: Path | str, settings: "DatasetSettings", progress: RichProgress
+    ) -> "Tokenizer":
+        from slm.core.machine import usable_cores
+        from slm.train.data.dataset import open_dataset
+        from slm.train.data.preparation import prepare_dataset
+        from slm.train.data.remote.preparation import prepare_remote_dataset
+
+        workers = self.workers or usable_cores()
+        if isinstance(path, str):
+            return prepare_remote_dataset(corpus, path, settings, progress, workers=workers, overwrite=self.overwrite)
+        prepare_dataset(corpus, path, settings, progress, workers=workers, overwrite=self.overwrite)
+        return open_dataset(path).tokenizer
+
+
+def _opened(text: CorpusOptions, scan: "Scan | None" = None) -> "Corpus":
+    corpus = text.open(scan)
+    say(f"data: {corpus.about}")
+    return corpus
 
 
 @click.group(cls=Suggesting, short_help="Prepare datasets of tokens.")
@@ -220,15 +266,8 @@ def data() -> None:
 @json_option
 @collects("text", CorpusOptions)
 @collects("dataset", DatasetOptions)
-def prepare(
-    text: CorpusOptions,
-    dataset: DatasetOptions,
-    out: Path | str | None,
-    workers: int | None,
-    ray: str | None,
-    overwrite: bool,
-    as_json: bool,
-) -> None:
+@collects("work", WorkOptions)
+def prepare(text: CorpusOptions, dataset: DatasetOptions, work: WorkOptions, as_json: bool) -> None:
     """Tokenize text on all cores into memory-mapped files for slm train --data DIR.
 
     \b
@@ -240,61 +279,25 @@ def prepare(
     After an interruption, even a kill, the same command resumes after the last complete file. The result is the same byte
     for byte, with any number of workers and machines.
     """
+    from slm.train.data.cluster.preparation import unfinished_at
     from slm.train.data.preparation import check_out
     from slm.train.data.remote.datasets import check_remote_out
 
-    text.check(ray)
+    text.check(work.ray)
     dataset.check()
-    path = out or _OUT / _name(text.train[0])
+    path = work.out or _OUT / _name(text.train[0])
     # Before the text is read.
     if isinstance(path, str):
-        check_remote_out(path, overwrite=overwrite)
+        check_remote_out(path, overwrite=work.overwrite)
+        if work.ray is not None:
+            unfinished_at(path)
     else:
-        check_out(path, overwrite=overwrite)
+        check_out(path, overwrite=work.overwrite)
     check_tokenizer(dataset.tokenizer)
-    if ray is None:
-        tokenizer = _prepare_here(text, path, dataset.settings(), workers, overwrite)
-    else:
-        tokenizer = _prepare_on_ray(ray, text, path, dataset.settings(), workers, overwrite)
-    following = _training_on(path, tokenizer)
+    following = _training_on(path, work.prepare(text, path, dataset.settings()))
     _report(path, as_json, more={"next": following})
     if not as_json:
         next_step(following)
-
-
-def _prepare_here(
-    text: CorpusOptions, path: Path | str, settings: "DatasetSettings", workers: int | None, overwrite: bool
-) -> "Tokenizer":
-    from slm.core.machine import usable_cores
-    from slm.train.data.dataset import open_dataset
-    from slm.train.data.preparation import prepare_dataset
-    from slm.train.data.remote.preparation import prepare_remote_dataset
-
-    corpus, processes = text.open(), workers or usable_cores()
-    say(f"data: {corpus.about}")
-    if isinstance(path, str):
-        return prepare_remote_dataset(corpus, path, settings, RichProgress(), workers=processes, overwrite=overwrite)
-    prepare_dataset(corpus, path, settings, RichProgress(), workers=processes, overwrite=overwrite)
-    return open_dataset(path).tokenizer
-
-
-def _prepare_on_ray(
-    address: str,
-    text: CorpusOptions,
-    path: Path | str,
-    settings: "DatasetSettings",
-    workers: int | None,
-    overwrite: bool,
-) -> "Tokenizer":
-    from slm.train.data.cluster.preparation import prepare_on_cluster, scanning
-    from slm.train.data.cluster.ray_cluster import ray_cluster
-
-    progress = RichProgress()
-    with ray_cluster(address) as cluster:
-        corpus = text.open(scanning(cluster, progress, workers))
-        say(f"data: {corpus.about}")
-        _, tokenizer = prepare_on_cluster(corpus, path, settings, cluster, progress, most=workers, overwrite=overwrite)
-    return tokenizer
 
 
 @data.command()

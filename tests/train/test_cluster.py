@@ -1,7 +1,11 @@
 """Preparation on a cluster, without Ray: the scheduling, the division of work, and the bytes with and without losses."""
 
+import errno
+import io
 import itertools
 import json
+import os
+import sqlite3
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +17,7 @@ import pytest
 
 from slm.core.errors import SlmError
 from slm.core.progress import Silent
+from slm.core.text.documents import Beginning
 from slm.train.data.cluster import layout, ray_cluster, tasks
 from slm.train.data.cluster.jobs import Job, LostError, run_jobs
 from slm.train.data.cluster.layout import Slice, packed, parts_of, shards_of, unpacked
@@ -116,6 +121,20 @@ def test_a_cluster_makes_the_same_bytes(options: dict[str, Any]) -> None:
     assert not list(Path().glob(".*unfinished"))
 
 
+def test_long_documents_in_parts_and_other_line_ends_on_a_cluster(stories: list[str]) -> None:
+    """A document longer than the limit comes in parts; the divisions of a file are between documents."""
+    long = [" ".join(stories[3 * number : 3 * number + 3]) for number in range(12)]
+    Path("texts/a.txt").write_text(END.join(long).replace("\n", "\r\n"), encoding="utf-8", newline="")
+    reading, machines = Reading(limit=1200), Machines()
+    settings = DatasetSettings(vocab_size=300, shard_tokens=2000)
+    corpus = open_corpus(["texts/a.txt"], None, reading, scanning(machines, Silent()))
+    prepare_on_cluster(corpus, Path("with"), settings, machines, Silent())
+    corpus = open_corpus(["texts/a.txt"], None, reading)
+    assert sum(isinstance(part, Beginning) for part in corpus.train()) > 6
+    prepare_dataset(corpus, Path("without"), settings, Silent())
+    assert contents("with") == contents("without") and machines.counts["encode"] >= 4
+
+
 def test_near_duplicates_and_languages_on_a_cluster() -> None:
     pytest.importorskip("rensa", reason="the extra data is not installed")
     pytest.importorskip("py3langid", reason="the extra data is not installed")
@@ -180,6 +199,28 @@ def test_other_settings_or_another_text_start_over() -> None:
         assert contents(change) == contents(f"{change}-without")
 
 
+def test_another_column_starts_over(stories: list[str]) -> None:
+    for file in Path("texts").iterdir():
+        file.unlink()
+    for number in range(6):
+        rows = [{"text": story, "other": f"Other. {story}"} for story in stories[3 * number : 3 * number + 3]]
+        Path(f"texts/{number}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    settings = DatasetSettings(vocab_size=300, shard_tokens=2000)
+
+    def prepare(out: str, machines: Machines, reading: Reading) -> Notes:
+        notes = Notes()
+        corpus = open_corpus(["texts"], None, reading, scanning(machines, notes))
+        prepare_on_cluster(corpus, Path(out), settings, machines, notes)
+        return notes
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare("with", Machines(stops_after=9), Reading())
+    notes = prepare("with", Machines(), Reading(column="other"))
+    prepare_dataset(open_corpus(["texts"], None, Reading(column="other")), Path("without"), settings, Silent())
+    assert contents("with") == contents("without")
+    assert any(note.startswith("starting over") for note in notes.lines)
+
+
 def test_a_preparation_that_a_cluster_began_can_end_without_one() -> None:
     whole = Machines()
     on_cluster("whole", whole)
@@ -218,6 +259,68 @@ def test_an_object_store_in_and_out() -> None:
     prepare(Machines(), overwrite=True)
     with pytest.raises(SlmError, match="is a whole bucket"):
         prepare_on_cluster(open_corpus(["texts"], None), "memory://bucket2", settings, Machines(), Silent())
+
+
+@pytest.fixture
+def bucket() -> Iterator[Any]:
+    """An object store with the texts."""
+    store = fsspec.filesystem("memory")
+    store.store.clear()
+    store.pseudo_dirs[:] = [""]
+    store.put("texts", "/texts", recursive=True)
+    yield store
+    store.store.clear()
+
+
+def to_bucket(machines: Machines, progress: Silent | None = None, **options: Any) -> None:
+    progress = progress or Silent()
+    corpus = open_corpus(["memory://texts"], None, Reading(), scanning(machines, progress))
+    settings = DatasetSettings(**{"vocab_size": 300, "shard_tokens": 2000} | options)
+    prepare_on_cluster(corpus, "memory://bucket/made", settings, machines, progress)
+
+
+def in_bucket(store: Any, **options: Any) -> bool:
+    """Whether the dataset in the store is the one that is prepared without a cluster."""
+    settings = DatasetSettings(**{"vocab_size": 300, "shard_tokens": 2000} | options)
+    prepare_dataset(open_corpus(["memory://texts"], None), Path("without"), settings, Silent(), overwrite=True)
+    made = {Path(name).name: store.cat_file(name) for name in store.ls("/bucket/made", detail=False)}
+    return made == {file.name: file.read_bytes() for file in Path("without").iterdir()}
+
+
+def test_other_settings_start_over_in_an_object_store(bucket: Any) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        to_bucket(Machines(stops_after=15))
+    notes, machines = Notes(), Machines()
+    to_bucket(machines, notes, vocab_size=310)
+    assert [note for note in notes.lines if note.startswith("starting over: the unfinished dataset there has other")]
+    assert machines.counts["encode"] > 6 and in_bucket(bucket, vocab_size=310)
+
+
+def test_jobs_that_were_not_done_cost_no_request_each(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    done = Store.done
+    monkeypatch.setattr(Store, "done", lambda self, name, key: asked.append(name) or done(self, name, key))
+    to_bucket(Machines())
+    assert asked == ["state.json"]
+
+
+def test_a_removal_that_was_interrupted_leaves_nothing_that_is_used(
+    bucket: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        to_bucket(Machines(stops_after=20))
+
+    def half(self: Any, path: str, recursive: bool = False) -> None:
+        for name in sorted(self.find(path), reverse=True)[1::2]:
+            self.rm_file(name)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(bucket), "rm", half)
+        to_bucket(Machines(), vocab_size=310)
+    notes = Notes()
+    to_bucket(Machines(), notes)
+    assert in_bucket(bucket) and not any(note.startswith("going on") for note in notes.lines)
 
 
 def test_a_machine_that_sees_another_file_is_named() -> None:
@@ -355,6 +458,28 @@ def test_parts_cover_every_document_once() -> None:
     assert all(sum(piece.bytes for piece in part.ranges) <= 4000 or len(part.ranges) == 1 for part in parts)
 
 
+class Counted(int):
+    """A number of bytes that counts how often it is added."""
+
+    additions = 0
+
+    def __add__(self, other: int) -> int:
+        Counted.additions += 1
+        return int(self) + int(other)
+
+    __radd__ = __add__
+
+    def __floordiv__(self, other: int) -> "Counted":
+        return Counted(int(self) // other)
+
+
+def test_the_work_of_the_division_is_linear_in_the_number_of_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Counted, "additions", 0)
+    ranges = [FileRange(LocalFile(Path(f"{number}.txt")), 0, 1, Counted(1)) for number in range(3_000)]
+    (part,) = parts_of("train", ranges)
+    assert len(part.ranges) == 3_000 and 0 < Counted.additions <= 3 * 3_000
+
+
 def test_bits_of_kept_documents() -> None:
     kept = [True, False, True, True, False, False, False, True, True, False]
     assert unpacked(packed(kept), len(kept)).tolist() == kept
@@ -387,5 +512,78 @@ def test_without_ray_its_installation_is_named(monkeypatch: pytest.MonkeyPatch, 
     assert caught.value.hint == "pip install 'slm-edge[ray]' on every machine"
     result = slm("data", "prepare", "--data", "texts", "--ray", "auto", "--out", "out")
     assert result.code == 1 and "--ray needs the package ray" in result.err and not Path("out").exists()
+    result = slm("data", "prepare", "--data", "texts", "--ray", "auto", "--out", "memory://bucket2/")
+    assert result.code == 1 and "memory://bucket2 is a whole bucket" in result.err  # before the text is read
     result = slm("data", "prepare", "--data", "hf:OWNER/NAME", "--ray", "auto", "--out", "out")
     assert result.code == 2 and "--ray requires files or addresses" in result.err
+
+
+def full(*names: str) -> Any:
+    """A replacement of `Path.open` for a disk that is full where a name has one of the parts."""
+    real = Path.open
+
+    class Full(io.BytesIO):
+        def write(self, data: Any) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def opened(self: Path, mode: str = "r", *rest: Any, **more: Any) -> Any:
+        if "w" in mode and any(name in str(self) for name in names):
+            real(self, mode, *rest, **more).close()
+            return Full()
+        return real(self, mode, *rest, **more)
+
+    return opened
+
+
+def test_a_full_disk_is_one_error_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Machines()
+    on_cluster("without", whole, **EVERYTHING)
+    done: Counter[str] = Counter()
+    for name, said in (
+        ("/.train-00002.findings.", "/parts/train-00002.findings (on "),
+        ("/.train-00002.kept.", "/parts/train-00002.kept (hint: "),
+        ("/slm-", "temporary files (on "),
+        ("/.train-00001.text.", "/parts/train-00001.text (on "),
+        ("/.encode-train-00003.done.", "/parts/encode-train-00003.done (on "),
+        ("/.train-00001.bin.", "/.with.unfinished/train-00001.bin (on "),
+    ):
+        machines = Machines()
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "open", full(name))
+            with pytest.raises(SlmError) as caught:
+                on_cluster("with", machines, **EVERYTHING)
+        assert str(caught.value).startswith("no space left on the disk for ") and said in str(caught.value)
+        assert (caught.value.hint or "").endswith("what is finished is kept, and the same command continues")
+        assert not list(Path(".with.unfinished").rglob("*.partial"))
+        done.update(machines.counts)
+    machines = Machines()
+    on_cluster("with", machines, **EVERYTHING)
+    assert contents("with") == contents("without")
+    done.update(machines.counts)
+    # Only the tasks that failed were run twice.
+    assert done["examine"] + done["encode"] == whole.counts["examine"] + whole.counts["encode"] + 4
+
+
+@pytest.mark.parametrize("name", ["/slm-", "seen.sqlite3"])
+def test_a_full_disk_of_temporary_files_is_one_error(
+    bucket: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        if name == "seen.sqlite3":
+            connect = sqlite3.connect
+            patch.setattr(sqlite3, "connect", lambda file, **options: limited(connect(file, **options)))
+        else:
+            patch.setattr(Path, "open", full(name))
+        with pytest.raises(
+            SlmError, match=r"^no space left on the disk for temporary files|^cannot keep track of"
+        ) as caught:
+            to_bucket(Machines(), **EVERYTHING)
+    assert "TMPDIR=DIR" in (caught.value.hint or "")
+    to_bucket(Machines(), **EVERYTHING)
+    assert in_bucket(bucket, **EVERYTHING)
+
+
+def limited(connection: sqlite3.Connection) -> sqlite3.Connection:
+    """A database that cannot grow."""
+    connection.execute("PRAGMA max_page_count=1")
+    return connection

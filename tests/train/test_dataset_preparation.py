@@ -280,6 +280,32 @@ def test_other_settings_start_anew(small_batches: None, changed: dict[str, objec
     assert contents("cut") == contents("whole")
 
 
+@pytest.mark.parametrize("change", ["column", "split"])
+def test_the_tokenizer_of_another_text_is_not_kept(
+    small_batches: None, stories: list[str], monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """A killed command leaves the tokenizer before the first shard."""
+    for name, texts in (("a", stories[:40]), ("b", stories[40:80]), ("c", stories[80:85])):
+        rows = ({"text": text, "other": text.upper()} for text in texts)
+        Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    Path("more").mkdir()
+    for name in ("b", "c"):
+        Path(f"more/{name}.jsonl").hardlink_to(f"{name}.jsonl")
+    arguments: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+        "before": (("a.jsonl", "more/b.jsonl"), {"val": "more/c.jsonl"}),
+        "column": (("a.jsonl", "more/b.jsonl"), {"val": "more/c.jsonl", "reading": {"column": "other"}}),
+        "split": (("a.jsonl",), {"val": "more"}),
+    }
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(preparation.renames, "remove_leftovers", lambda path: None)
+        make("cut", *arguments["before"][0], **arguments["before"][1], progress=Stop(0, KeyboardInterrupt))
+    assert (work_of("cut") / "tokenizer.json").is_file()
+    data, options = arguments[change]
+    make("cut", *data, **options)
+    make("whole", *data, **options)
+    assert contents("cut") == contents("whole")
+
+
 def test_text_that_changed_in_secret_is_found(small_batches: None) -> None:
     """Same size, same time, another letter in what was finished: the hash of its text tells."""
     interrupted("cut")
@@ -332,6 +358,22 @@ def test_a_full_disk_is_one_error_and_can_be_gone_on_with(
     assert "error: no space left on the disk" in result.err and "Traceback" not in result.err
     assert "going on after" in slm(*arguments, "cut").err
     assert slm(*arguments, "whole").code == 0
+    assert contents("cut") == contents("whole")
+
+
+def test_a_dataset_that_cannot_be_put_in_its_place_is_not_lost(
+    small_batches: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def used(work: Path, out: Path) -> None:
+        raise SlmError(f"cannot replace {out}: a program uses one of its files")
+
+    with monkeypatch.context() as patch, pytest.raises(SlmError, match="a program uses one of its files"):
+        patch.setattr(preparation, "replace_directory", used)
+        make("cut", "stories.txt")
+    notes = Notes()
+    make("cut", "stories.txt", progress=notes)
+    make("whole", "stories.txt")
+    assert any(line.startswith("going on after ") for line in notes.lines)
     assert contents("cut") == contents("whole")
 
 

@@ -1,10 +1,13 @@
 """Text and datasets behind addresses: what is read and written, the cache, and what may not be in an address."""
 
+import errno
 import gzip
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from slm.core.errors import SlmError
 from slm.core.progress import Silent
 from slm.core.runs import cached_data
 from slm.train.data import dataset as datasets
+from slm.train.data import workers
 from slm.train.data.corpus import open_corpus
 from slm.train.data.dataset import open_dataset, open_remote
 from slm.train.data.preparation import DatasetSettings, prepare_dataset
@@ -22,6 +26,8 @@ from slm.train.data.remote import cache, locations, text
 from slm.train.data.remote.datasets import check_remote, publish, remote_manifest
 from slm.train.data.remote.locations import is_remote
 from slm.train.data.remote.preparation import prepare_remote_dataset
+from slm.train.data.remote.text import remote_files
+from slm.train.data.tokens import TokenFileWriter
 from slm.train.recipe import Recipe
 from slm.train.run import resume, train
 from tests.progress import Notes, Stopper
@@ -98,6 +104,37 @@ def test_changed_text_is_fetched_and_starts_over(store: Any, stored: list[str]) 
     assert next(after.train()) == stored[1].strip("\n") and before.fingerprint != after.fingerprint
 
 
+def test_text_that_is_replaced_while_it_is_read_is_noticed(store: Any, stored: list[str]) -> None:
+    """Another machine, or a later stage, would read other documents of the same size under the old name."""
+    (file,) = remote_files("memory://texts/a.txt")
+    content = store.cat_file("/texts/a.txt")
+    store.pipe("/texts/a.txt", content[::-1])
+    with pytest.raises(SlmError, match=r"memory:///texts/a\.txt changed while it was read"):
+        next(file.parts("text", 1 << 20))
+    assert not list(cached_data().glob("files/*/text*"))
+    (file,) = remote_files("memory://texts/a.txt")
+    store.pipe("/texts/a.txt", content)
+    with pytest.raises(SlmError, match="changed while it was read"):
+        next(file.parts("text", 1 << 20))
+
+
+def test_text_that_was_changed_in_the_cache_is_fetched_again(stored: list[str], downloads: list[str]) -> None:
+    open_corpus(["memory://texts/a.txt"], None)
+    (file,) = cached_data().glob("files/*/text.txt")
+    file.write_bytes(b"Q" + file.read_bytes()[1:])
+    os.utime(file, (1e9, 1e9))
+    corpus = open_corpus(["memory://texts/a.txt"], None)
+    assert next(corpus.train()) == stored[0].strip("\n") and downloads == ["a.txt", "a.txt"]
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".TXT", "x\\..\\..\\x.txt", "a:b?.v1.txt"])
+def test_the_name_of_an_object_is_no_name_in_the_cache(store: Any, stories: list[str], name: str) -> None:
+    store.pipe(f"/names/{name}", END.join(stories[:9]).encode())
+    corpus = open_corpus(["memory://names"], None)
+    assert next(corpus.train()) == stories[0].strip("\n") and corpus.sources[0].name == f"memory:///names/{name}"
+    assert [file.name for file in cached_data().rglob("*.txt")] == ["text.txt"]
+
+
 @pytest.mark.parametrize(
     ("address", "said"),
     [
@@ -147,6 +184,33 @@ def test_a_taken_address_is_not_overwritten(store: Any, stored: list[str], datas
     assert {name.rpartition("/")[2] for name in store.ls("/made/stories", detail=False)} == set(manifest.files)
 
 
+def test_an_output_that_is_a_pattern_is_rejected(store: Any, stored: list[str]) -> None:
+    """`rm` of fsspec would remove what matches."""
+    corpus = open_corpus(["memory://texts/a.txt"], None)
+    for address in ("memory://made/x*", "memory://a?/x", "memory://[a]/x"):
+        with pytest.raises(SlmError, match=r"has one of the characters \* \? \[ \]"):
+            prepare_remote_dataset(corpus, address, SETTINGS, Silent())
+
+
+def test_a_directory_that_a_console_created_is_empty(
+    store: Any, stored: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ls = type(store).ls
+
+    def with_itself(self: Any, path: str, detail: bool = True, **more: Any) -> Any:
+        found = [{"name": "made/new/", "size": 0, "type": "directory"}] if path.endswith("made/new") else []
+        with suppress(FileNotFoundError):
+            found += ls(self, path, detail=True, **more)
+        return found if detail else [each["name"] for each in found]
+
+    monkeypatch.setattr(type(store), "ls", with_itself)
+    corpus = open_corpus(["memory://texts/a.txt"], None)
+    prepare_remote_dataset(corpus, "memory://made/new", SETTINGS, Silent())
+    assert open_remote("memory://made/new").manifest.train.documents
+    with pytest.raises(SlmError, match=r"memory://texts/a\.txt holds something that is not of a dataset: a\.txt"):
+        prepare_remote_dataset(corpus, "memory://texts/a.txt", SETTINGS, Silent())
+
+
 def test_a_reader_never_sees_half_of_a_dataset(store: Any, stored: list[str], dataset: str) -> None:
     prepare_dataset(open_corpus(["memory://texts/a.txt"], None), Path("local"), SETTINGS, Silent())
     local = open_dataset(Path("local"))
@@ -179,6 +243,70 @@ def test_an_interrupted_upload_does_not_prepare_again(
     )
     prepare_remote_dataset(corpus, "memory://new/stories", SETTINGS, Silent())
     assert open_remote("memory://new/stories").manifest.train.documents
+
+
+def out_of_space(*_: Any, **__: Any) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_is_one_error(store: Any, stored: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    notes = Notes()
+
+    def prepare() -> None:
+        corpus = open_corpus(["memory://texts"], None)
+        prepare_remote_dataset(corpus, "memory://new/stories", SETTINGS, notes)
+
+    with (
+        pytest.raises(SlmError, match="no space left on the disk for the cache: ") as caught,
+        monkeypatch.context() as patch,
+    ):
+        patch.setattr(Path, "write_text", out_of_space)
+        prepare()
+    assert "SLM_CACHE=DIR" in (caught.value.hint or "")
+    with (
+        pytest.raises(SlmError, match=r"no space left to fetch memory:///texts/a\.txt") as caught,
+        monkeypatch.context() as patch,
+    ):
+        patch.setattr(type(store), "get_file", out_of_space)
+        prepare()
+    assert "SLM_CACHE=DIR" in (caught.value.hint or "")
+    add, left = TokenFileWriter.add, [40]
+
+    def filling(*arguments: Any) -> None:
+        left[0] -= arguments[-1]
+        add(*arguments) if left[0] > 0 else out_of_space()
+
+    monkeypatch.setattr(workers, "_BATCH_CHARACTERS", 1000)
+    with (
+        pytest.raises(SlmError, match="no space left on the disk for the cache: ") as caught,
+        monkeypatch.context() as patch,
+    ):
+        patch.setattr(TokenFileWriter, "add", filling)
+        prepare()
+    with (
+        pytest.raises(SlmError, match="no space left to write memory://new/stories") as caught,
+        monkeypatch.context() as patch,
+    ):
+        patch.setattr(type(store), "put_file", out_of_space)
+        prepare()
+    assert "what is finished is kept" in (caught.value.hint or "")
+    assert any(note.startswith("going on after ") for note in notes.lines)
+    prepare()
+    assert open_remote("memory://new/stories").manifest.train.documents
+
+
+@pytest.mark.parametrize("name", ["train-00001.bin", "dataset.json", "tokenizer.json"])
+def test_a_dataset_that_was_changed_before_the_upload_is_prepared_again(
+    store: Any, stored: list[str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = open_corpus(["memory://texts"], None)
+    with monkeypatch.context() as patch, pytest.raises(SlmError, match="cannot write"):
+        patch.setattr(type(store), "put_file", lambda *_, **__: (_ for _ in ()).throw(ConnectionError))
+        prepare_remote_dataset(corpus, "memory://new/stories", SETTINGS, Silent())
+    (file,) = cached_data().with_name("unfinished").glob(f"*/dataset/{name}")
+    file.write_bytes(file.read_bytes()[:-2] + b"xx")
+    prepare_remote_dataset(corpus, "memory://new/stories", SETTINGS, Silent())
+    check_remote("memory://new/stories", open_remote("memory://new/stories").manifest)
 
 
 def test_a_copy_is_fetched_once_and_again_where_it_is_damaged(dataset: str, downloads: list[str]) -> None:
@@ -293,6 +421,38 @@ def test_the_least_recently_used_goes_first(monkeypatch: pytest.MonkeyPatch) -> 
     assert sorted(path.name for path in cached_data().glob("files/*") if path.is_dir()) == ["another", "new"]
 
 
+@pytest.mark.parametrize("limit", ["1GiB", "500"])
+def test_the_work_of_the_cache_is_linear_in_the_number_of_files(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a limit of 50 entries, every fifth one makes room; each time all of them are looked at."""
+    monkeypatch.setenv("SLM_CACHE_BYTES", limit)
+    looked: list[Path] = []
+    size = cache._size
+    monkeypatch.setattr(cache, "_size", lambda place: looked.append(place) or size(place))
+    for number in range(150):
+        with cache.entry("files", str(number), 10, "file"):
+            pass
+    kept = sum(path.is_dir() for path in cached_data().glob("files/*"))
+    assert kept == 150 if limit == "1GiB" else 45 <= kept <= 50
+    assert len(looked) <= (1 + 15) * 150
+
+
+def test_the_size_of_the_cache_is_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLM_CACHE_BYTES", "100")
+    for number in range(10):
+        with cache.entry("files", str(number), 10, "file"):
+            pass
+    for number in range(5):
+        shutil.rmtree(cached_data() / "files" / str(number))
+    for number in range(20, 25):  # there is room for them
+        with cache.entry("files", str(number), 10, "file"):
+            pass
+    assert sum(path.is_dir() for path in cached_data().glob("files/*")) == 10
+    (cached_data() / "total").write_text("")
+    with cache.entry("files", "30", 10, "file"):
+        pass
+    assert sum(path.is_dir() for path in cached_data().glob("files/*")) == 9
+
+
 @pytest.mark.parametrize(
     "address",
     [
@@ -300,6 +460,10 @@ def test_the_least_recently_used_goes_first(monkeypatch: pytest.MonkeyPatch) -> 
         "hf://user:SECRET@datasets/x",
         "s3://bucket/x.txt?X-Amz-Signature=SECRET",
         "gs://b/x?sig=SECRET",
+        "s3://KEY:SEC/SECRET@bucket/x",
+        "S3://KEY:SECRET@bucket/x",
+        "https://user:SECRET@example.org/x.txt",
+        "gs://b/x.txt?versionId=1&access_token=SECRET",
     ],
 )
 def test_credentials_in_an_address_are_rejected_and_not_shown(address: str) -> None:
@@ -319,10 +483,29 @@ def test_credentials_in_an_address_are_rejected_and_not_shown(address: str) -> N
         ("s3:bucket", False),
         ("texts/s3://x", False),
         ("C:\\texts", False),
+        ("C://texts", False),
+        ("s3://bucket/x.txt?versionId=1", True),
+        ("s3://arn:aws:s3:us-east-1:1234:accesspoint/name/x@1", True),
     ],
 )
 def test_which_values_are_addresses(name: str, remote: bool) -> None:
     assert is_remote(name) is remote
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("memory:///", "memory:/// names no directory or file"),
+        ("s3://", "s3:// names no directory or file"),
+        ("S3://bucket/x", "S3://bucket/x is an address of an unknown kind"),
+        ("https://example.org/x", "https://example.org/x is an address of an unknown kind"),
+    ],
+)
+def test_an_address_of_nothing_is_not_a_local_directory(slm: Any, name: str, said: str) -> None:
+    for arguments in (("prepare", "--data", "sample", "--out", name), ("prepare", "--data", name), ("info", name)):
+        result = slm("data", *arguments)
+        assert result.code == 1 and said in result.err, arguments
+    assert not list(Path().iterdir())
 
 
 def test_the_package_of_a_protocol_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

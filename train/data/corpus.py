@@ -14,7 +14,7 @@ from slm.core.text.documents import TEXT_COLUMN, Beginning, first_documents, tex
 from slm.core.text.streams import DOCUMENT_BYTES
 from slm.train.data.dataset import Source
 from slm.train.data.huggingface import HubDataset
-from slm.train.data.remote.locations import is_remote, without_file_protocol
+from slm.train.data.remote.locations import check_path, is_remote, without_file_protocol
 from slm.train.data.remote.text import remote_files
 from slm.train.data.sources import FileRange, LocalFile, TextSource
 
@@ -145,8 +145,12 @@ def is_named(name: str) -> bool:
 def _all_files(paths: Sequence[str]) -> list[TextSource]:
     files: list[TextSource] = []
     for path in paths:
-        local = Path(without_file_protocol(path))
-        files += map(LocalFile, text_files([local])) if not is_remote(path) else remote_files(path)
+        if is_remote(path):
+            files += remote_files(path)
+            continue
+        local = without_file_protocol(path)
+        check_path(local)
+        files += map(LocalFile, text_files([Path(local)]))
     return files
 
 
@@ -243,7 +247,7 @@ def _measured_on(corpus: Corpus, measured: _Files) -> Corpus:
         held_out="--val",
         sources=tuple(source for source in corpus.sources if source.split == "train") + measured.sources,
         counts=(corpus.counts[0], measured.documents),
-        fingerprint=(*corpus.fingerprint, *measured.fingerprint),
+        fingerprint=(corpus.fingerprint, measured.fingerprint),
         files=None if corpus.files is None else (corpus.files[0], tuple(measured.ranges)),
     )
 
@@ -371,6 +375,7 @@ def _from_hub(name: str, reading: Reading) -> Corpus:
         _TINYSTORIES_LICENCE if tinystories else rows.licence,
         (train, validation),
         (identifier, reading.config, reading.split, reading.streaming, *rows.fingerprint, *_local_files(identifier)),
+        column=reading.column,
     )
     if rows.has_validation:
         own = "its own" if validation is None else f"its own {_count(validation)}"

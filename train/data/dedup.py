@@ -30,18 +30,32 @@ class Seen:
         Raises:
             SlmError: When the file cannot be written.
         """
-        try:
+        with tracked("duplicates"):
             return bool(self.connection.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,)).rowcount)
-        except sqlite3.OperationalError as error:
-            raise SlmError(f"cannot keep track of duplicates ({error})", "free some space on the disk") from None
+
+
+@contextmanager
+def tracked(what: str) -> Iterator[None]:
+    """Turns errors of the database into SlmErrors; `what` is what it keeps, for messages."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise SlmError(
+            f"cannot keep track of {what} ({error})",
+            "free some space on the disk of the output; with --ray, in the temporary directory, which TMPDIR=DIR sets",
+        ) from None
 
 
 @contextmanager
 def opened(file: Path) -> Iterator[Seen]:
-    """Yields an empty `Seen` in a file, which is removed at the end."""
+    """Yields an empty `Seen` in a file, which is removed at the end.
+
+    Raises:
+        SlmError: When the file cannot be written.
+    """
     renames.remove_file(file)
     try:
-        with closing(sqlite3.connect(file, isolation_level=None)) as connection:
+        with tracked("documents"), closing(sqlite3.connect(file, isolation_level=None)) as connection:
             # No journal: the file of a killed command is discarded.
             for pragma in (
                 "journal_mode=OFF",

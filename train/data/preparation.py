@@ -31,6 +31,7 @@ from slm.version import __version__
 # In the work directory, besides the dataset's own files.
 _STATE_FILE = "preparation.json"
 SEEN_FILE = "seen.sqlite3"
+STARTING_OVER = "starting over: the unfinished dataset there has other settings or another text"
 
 # Maximum length in `tokenizer_config.json` as long as there is no model: Gemma 3's. A run writes that of its model.
 _MAX_LENGTH = 32_768
@@ -160,7 +161,8 @@ def prepare_dataset(
     out = out.resolve()
     check_out(out, overwrite=overwrite)
     with work_directory(out, progress) as work:
-        go_on_or_start(work, settings_sha256(corpus, settings), progress)
+        sha256 = settings_sha256(corpus, settings)
+        go_on_or_start(work, sha256, progress)
         made = tokenizer_in(work, corpus, settings)
         done = [header for split in ("validation", "train") for header in finished_shards(work, split, made)]
         if done:
@@ -172,8 +174,7 @@ def prepare_dataset(
         except ChangedTextError:
             (work / _STATE_FILE).unlink()  # so that the next call starts over
             raise
-        tidy(work, manifest)
-        replace_directory(work, out)
+        finish(work, out, manifest, sha256)
     return manifest
 
 
@@ -228,6 +229,7 @@ def settings_sha256(corpus: Corpus, settings: DatasetSettings) -> str:
         "tokenizer": _tokenizer_settings(settings.tokenizer),
         "held_out": corpus.held_out,
         "text": corpus.fingerprint,
+        "column": corpus.column,
         "versions": settings.selection.versions(),
     }
     return hashlib.sha256(json.dumps(state, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
@@ -246,7 +248,6 @@ def tokenizer_in(work: Path, corpus: Corpus, settings: DatasetSettings) -> Token
 
 def go_on_or_start(work: Path, sha256: str, progress: Progress) -> None:
     """Removes everything from a work directory unless the same preparation, by the hash of its settings, wrote it."""
-    state = {"settings_sha256": sha256}
     file = work / _STATE_FILE
     found = None
     if file.is_file():
@@ -254,14 +255,14 @@ def go_on_or_start(work: Path, sha256: str, progress: Progress) -> None:
             found = read_json(file, "the state of the preparation")
         except SlmError:
             found = {}
-    if found == state:
+    if found == {"settings_sha256": sha256}:
         return
     left = [path for path in work.iterdir() if path.name != _STATE_FILE]
     if left or found is not None:
-        progress.note("starting over: the unfinished dataset there has other settings or another text")
+        progress.note(STARTING_OVER)
     file.unlink(missing_ok=True)  # first: without it nothing in the directory is resumed
     _remove(left)
-    write_text(file, json.dumps(state) + "\n")
+    _write_state(work, sha256)
 
 
 def _save_whole(tokenizer: Tokenizer, work: Path) -> None:
@@ -274,9 +275,25 @@ def _save_whole(tokenizer: Tokenizer, work: Path) -> None:
     scratch.rmdir()
 
 
-def tidy(work: Path, manifest: DatasetManifest) -> None:
-    """Removes files that do not belong to the dataset."""
+def finish(work: Path, out: Path, manifest: DatasetManifest, sha256: str) -> None:
+    """Puts a complete dataset in its place.
+
+    Args:
+        work: The work directory.
+        out: The directory to create or replace.
+        manifest: The manifest. Files that do not belong to the dataset are removed.
+        sha256: Hash of the settings. If the dataset cannot be put in its place, the same command resumes with its files.
+    """
     _remove(path for path in work.iterdir() if path.name not in manifest.files)
+    try:
+        replace_directory(work, out)
+    except Exception:
+        _write_state(work, sha256)
+        raise
+
+
+def _write_state(work: Path, sha256: str) -> None:
+    write_text(work / _STATE_FILE, json.dumps({"settings_sha256": sha256}) + "\n")
 
 
 def _remove(paths: Iterable[Path]) -> None:

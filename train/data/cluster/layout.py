@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -44,18 +45,15 @@ def parts_of(split: str, ranges: Iterable[FileRange]) -> list[Part]:
     """Divides a split into parts of about the same size."""
     parts: list[Part] = []
     gathered: list[FileRange] = []
-
-    def end() -> None:
-        if gathered:
+    size = 0
+    for piece in chain.from_iterable(map(_pieces, ranges)):
+        if gathered and size + piece.bytes > PART_BYTES:
             parts.append(Part(split, len(parts), tuple(gathered)))
-            gathered.clear()
-
-    for each in ranges:
-        for piece in _pieces(each):
-            if gathered and sum(one.bytes for one in gathered) + piece.bytes > PART_BYTES:
-                end()
-            gathered.append(piece)
-    end()
+            gathered, size = [], 0
+        gathered.append(piece)
+        size += piece.bytes
+    if gathered:
+        parts.append(Part(split, len(parts), tuple(gathered)))
     return parts
 
 

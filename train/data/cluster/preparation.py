@@ -7,7 +7,6 @@ continues after an interruption.
 
 import hashlib
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,23 +17,24 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from slm.core.errors import SlmError
-from slm.core.files import replace_directory, write_text
+from slm.core.files import write_text
 from slm.core.progress import Progress
 from slm.core.text.files import DATASET_FILE
 from slm.core.tokenizer import TOKENIZER_FILE, Tokenizer
 from slm.core.tokenizer_config import TOKENIZER_CONFIG_FILE
 from slm.train.data.cluster.jobs import Cluster, Job, run_jobs
 from slm.train.data.cluster.layout import Part, packed, parts_of, shards_of
-from slm.train.data.cluster.store import Store
+from slm.train.data.cluster.store import PARTIAL, Store, scratch_directory, writable
 from slm.train.data.corpus import Corpus, Reading, Scan
 from slm.train.data.dataset import DatasetManifest, Split
 from slm.train.data.preparation import (
     SEEN_FILE,
+    STARTING_OVER,
     DatasetSettings,
     check_out,
+    finish,
     go_on_or_start,
     settings_sha256,
-    tidy,
     tokenizer_in,
     work_directory,
 )
@@ -50,6 +50,8 @@ from slm.version import __version__
 
 _SPLITS = ("validation", "train")
 _STATE_FILE = "state.json"
+# The directory of what the tasks of parts write, in the store.
+_PARTS = "parts"
 
 
 def scanning(cluster: Cluster, progress: Progress, most: int | None = None) -> Scan:
@@ -125,10 +127,9 @@ def prepare_on_cluster(
         if isinstance(out, str):
             store.write(DATASET_FILE, manifest.to_json().encode())
             publish(out, manifest, store.copy, progress)
-            store.clear()
+            store.clear(_STATE_FILE)
         else:
-            tidy(work, manifest)
-            replace_directory(work, out.resolve())
+            finish(work, out.resolve(), manifest, sha256)
     return manifest, made.tokenizer
 
 
@@ -136,22 +137,36 @@ def prepare_on_cluster(
 def _local_work(out: Path, overwrite: bool, progress: Progress) -> Iterator[tuple[Path, Store]]:
     out = out.resolve()
     check_out(out, overwrite=overwrite)
-    with work_directory(out, progress) as work:
+    with work_directory(out, progress) as work, writable(str(out)):
+        # Tasks that were killed while they wrote.
+        for left in work.rglob(f".*{PARTIAL}"):
+            left.unlink(missing_ok=True)
         yield work, Store(str(work))
 
 
 @contextmanager
 def _remote_work(address: str, overwrite: bool) -> Iterator[tuple[Path, Store]]:
     check_remote_out(address, overwrite=overwrite)
+    with scratch_directory() as scratch:
+        yield scratch, Store(unfinished_at(address))
+
+
+def unfinished_at(address: str) -> str:
+    """Returns the address where the unfinished parts of a dataset are.
+
+    Raises:
+        SlmError: When the dataset's address is a whole bucket.
+    """
     name = address.rstrip("/").rpartition("/")[2]
-    with tempfile.TemporaryDirectory(prefix="slm-") as scratch:
-        yield Path(scratch), Store(beside(address, f".{name}.unfinished"))
+    return beside(address, f".{name}.unfinished")
 
 
 def _restore(store: Store, work: Path, sha256: str, progress: Progress) -> None:
     """Copies the tokenizer of an unfinished remote dataset to the local directory, or removes a dataset of other settings."""
     if store.done(_STATE_FILE, sha256) is None:
-        store.clear()
+        if store.exists:
+            progress.note(STARTING_OVER)
+            store.clear(_STATE_FILE)
         return
     for name in (TOKENIZER_CONFIG_FILE, TOKENIZER_FILE):
         (work / name).write_bytes(store.read(name))
@@ -212,8 +227,8 @@ class _Preparation:
         if self._selection.selects:
             self._examine()
             with (
-                tempfile.TemporaryDirectory(prefix="slm-") as scratch,
-                selecting(self._selection, Path(scratch, SEEN_FILE)) as selector,
+                scratch_directory() as scratch,
+                selecting(self._selection, scratch / SEEN_FILE) as selector,
             ):
                 kept = self._select(selector)
                 duplicates, record = selector.duplicates, selector.record()
@@ -311,7 +326,7 @@ class _Preparation:
             self._base
             | fields
             | {
-                "done": f"parts/{task}-{name}.done",
+                "done": f"{_PARTS}/{task}-{name}.done",
                 "key": hashlib.sha256(text.encode()).hexdigest(),
             }
         )
@@ -319,7 +334,12 @@ class _Preparation:
 
     def _results(self, what: str, jobs: list[Job]) -> dict[str, Any]:
         """Runs the jobs that are not done yet, and returns the results of all by name."""
-        results = {job.name: self._store.done(job.spec["done"], job.spec["key"]) for job in jobs}
+        # One listing: a request for each job that was not done would take hours for a large text in an object store.
+        noted = self._store.names(_PARTS)
+        results = {
+            job.name: self._store.done(job.spec["done"], job.spec["key"]) if job.spec["done"] in noted else None
+            for job in jobs
+        }
         missing = [job for job in jobs if results[job.name] is None]
         if len(missing) < len(jobs):
             self._progress.note(f"{what}: {len(jobs) - len(missing)} of {len(jobs)} parts were finished before")

@@ -10,8 +10,7 @@ import socket
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, BinaryIO
+from typing import Any
 
 from slm.core.errors import SlmError
 from slm.core.files import sha256_file
@@ -19,7 +18,7 @@ from slm.core.text.documents import Beginning, whole
 from slm.core.tokenizer import TOKENIZER_FILE, Tokenizer
 from slm.core.tokenizer_config import TOKENIZER_CONFIG_FILE
 from slm.train.data.cluster.layout import unpacked
-from slm.train.data.cluster.store import Store
+from slm.train.data.cluster.store import Store, scratch_directory, writable
 from slm.train.data.selection.findings import examine
 from slm.train.data.selection.settings import Selection
 from slm.train.data.shards import Shard, shard_file
@@ -28,7 +27,6 @@ from slm.train.data.tokens import TokenFileWriter, dtype_name, little_endian
 from slm.train.data.workers import encoded
 from slm.version import __version__
 
-_BLOCK = 8 << 20
 _ERROR, _RESULT = b"E", b"R"
 # Native libraries use one thread: the cluster runs a task per processor.
 _ONE_THREAD = ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -50,7 +48,8 @@ def run_task(name: str, spec: str) -> bytes:
     try:
         arguments = json.loads(spec)
         _check_versions(arguments)
-        return _RESULT + _TASKS[name](arguments)
+        with writable():
+            return _RESULT + _TASKS[name](arguments)
     except SlmError as error:
         return _ERROR + json.dumps([f"{error.message} (on {socket.gethostname()})", error.hint]).encode()
 
@@ -108,8 +107,8 @@ def _encode(spec: dict[str, Any]) -> bytes:
         kept = unpacked(store.read(f"parts/{part}.kept"), spec["documents"])
         documents = (document for document, keep in zip(documents, kept, strict=True) if keep)
     index, tokens, size = array("Q"), 0, 0
-    with TemporaryDirectory(prefix="slm-") as scratch:
-        tokenizer = _tokenizer(store, Path(scratch))
+    with scratch_directory() as scratch:
+        tokenizer = _tokenizer(store, scratch)
         itemsize = little_endian(dtype_name(tokenizer)).itemsize
         with (
             store.writing(f"parts/{part}.ids") as ids_path,
@@ -117,7 +116,7 @@ def _encode(spec: dict[str, Any]) -> bytes:
             ids_path.open("wb") as ids_out,
             text_path.open("wb") as text_out,
         ):
-            for batch in encoded(documents, tokenizer, Path(scratch, TOKENIZER_FILE), 1):
+            for batch in encoded(documents, tokenizer, scratch / TOKENIZER_FILE, 1):
                 for piece, ids in batch:
                     ids_out.write(ids)
                     text_out.write(piece.text + b"\0" * piece.ends)
@@ -137,12 +136,10 @@ def _shard(spec: dict[str, Any]) -> bytes:
         writer = TokenFileWriter(path, spec["dtype"], spec["tokenizer_sha256"])
         try:
             for part, first_token, last_token, first_byte, last_byte, documents in spec["slices"]:
-                with store.reading(f"parts/{part}.ids") as stream:
-                    for block in _blocks(stream, first_token * itemsize, last_token * itemsize):
-                        writer.add(b"", block, 0)
-                with store.reading(f"parts/{part}.text") as stream:
-                    for block in _blocks(stream, first_byte, last_byte):
-                        writer.add(block, b"", 0)
+                for block in store.blocks(f"parts/{part}.ids", first_token * itemsize, last_token * itemsize):
+                    writer.add(b"", block, 0)
+                for block in store.blocks(f"parts/{part}.text", first_byte, last_byte):
+                    writer.add(block, b"", 0)
                 writer.add(b"", b"", documents)
             header = writer.close()
         except BaseException:
@@ -157,9 +154,8 @@ def _hash(spec: dict[str, Any]) -> bytes:
     """Returns the hash of the text of all parts of a split."""
     store, digest = Store(spec["store"]), hashlib.sha256()
     for part in spec["parts"]:
-        with store.reading(f"parts/{part}.text") as stream:
-            while block := stream.read(_BLOCK):
-                digest.update(block)
+        for block in store.blocks(f"parts/{part}.text"):
+            digest.update(block)
     return _noted(store, spec, digest.hexdigest())
 
 
@@ -199,15 +195,3 @@ def _tokenizer(store: Store, scratch: Path) -> Tokenizer:
     for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE):
         (scratch / name).write_bytes(store.read(name))
     return Tokenizer.load(scratch)
-
-
-def _blocks(stream: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
-    stream.seek(start)
-    while start < stop:
-        block = stream.read(min(_BLOCK, stop - start))
-        if not block:
-            raise SlmError(
-                "a file of the unfinished dataset is cut off", "remove the unfinished dataset, and start again"
-            )
-        start += len(block)
-        yield block

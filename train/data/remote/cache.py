@@ -4,6 +4,7 @@ A process locks an entry while it fetches it. The total size is bounded by $SLM_
 removed to make room. A run that has mapped a removed file keeps it until it ends.
 """
 
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -22,6 +23,10 @@ _UNITS = {"": 0, "K": 10, "KIB": 10, "M": 20, "MIB": 20, "G": 30, "GIB": 30, "T"
 # How long to wait for another process that fetches the same entry: as long as training waits for its first process.
 _WAIT_S = 12 * 3600.0
 _SIZE_FILE = "size"
+# Beside the kinds of entries: the size of all of them, or more.
+_TOTAL_FILE = "total"
+# One part in this many of the limit is freed when it is exceeded.
+_FREED_AT_ONCE = 10
 
 
 def limit() -> int:
@@ -54,19 +59,33 @@ def entry(kind: str, key: str, size: int, what: str) -> Iterator[Path]:
     """
     root = cached_data()
     place = root / kind / key
-    try:
+    with writable():
         root.mkdir(parents=True, exist_ok=True)
         with sole(place, wait_s=_WAIT_S, doing=f"fetches {what}"):
             place.mkdir(parents=True, exist_ok=True)
             with sole(root / "room", wait_s=_WAIT_S, doing="makes room in the cache"):
+                _make_room(root, place, size, what)
                 (place / _SIZE_FILE).write_text(str(size), encoding="ascii", newline="")
                 os.utime(place)
-                _make_room(root, place, size, what)
             yield place
             os.utime(place)
-    except PermissionError as error:
+
+
+@contextmanager
+def writable() -> Iterator[None]:
+    """Turns the errors of a cache that cannot be written, or of a full disk, into SlmErrors."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise SlmError(
+                f"no space left on the disk for the cache: {error.filename or cached_data()}",
+                "free some space, or SLM_CACHE=DIR sets another directory; the same command continues",
+            ) from None
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
         raise SlmError(
-            f"the cache is not writable: {error.filename or root}", "SLM_CACHE=DIR sets another directory"
+            f"the cache is not writable: {error.filename or cached_data()}", "SLM_CACHE=DIR sets another directory"
         ) from None
 
 
@@ -79,16 +98,29 @@ def _make_room(root: Path, kept: Path, size: int, what: str) -> None:
             f"{what} has {as_text(size)}, and the cache may have {as_text(most)}",
             f"{_VARIABLE} raises the limit, for example {_VARIABLE}={(size >> 30) + 1}GiB; the cache is {root}",
         )
+    noted = _number(root / _TOTAL_FILE)
+    total = most + 1 if noted is None else noted + size - _size(kept)
+    if total > most:
+        total = _removed_down_to(most, root, kept, size)
+    # Written before the size of the entry: after an interruption the total is too large, never too small.
+    (root / _TOTAL_FILE).write_text(str(total), encoding="ascii", newline="")
+
+
+def _removed_down_to(most: int, root: Path, kept: Path, size: int) -> int:
+    """Removes entries if the limit is exceeded; returns the size of the rest, with the kept entry."""
     others = sorted((place for place in root.glob("*/*") if place.is_dir() and place != kept), key=_used)
     total = size + sum(map(_size, others))
+    # More than necessary, so that not every further entry looks at all others.
+    aim = most if total <= most else most - most // _FREED_AT_ONCE
     for place in others:
-        if total <= most:
-            return
+        if total <= aim:
+            break
         freed = _size(place)
         # An entry in use by a process that fetches it stays, as does one whose files Windows keeps open.
         with suppress(SlmError, OSError), sole(place):
             renames.remove_tree(place)
             total -= freed
+    return total
 
 
 def _used(place: Path) -> float:
@@ -98,6 +130,10 @@ def _used(place: Path) -> float:
 
 
 def _size(place: Path) -> int:
+    return _number(place / _SIZE_FILE) or 0
+
+
+def _number(file: Path) -> int | None:
     with suppress(OSError, ValueError):
-        return int((place / _SIZE_FILE).read_text(encoding="ascii"))
-    return 0
+        return int(file.read_text(encoding="ascii"))
+    return None

@@ -28,6 +28,8 @@ from slm.train.data.shards import Shard
 _TOKENIZER_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)
 # The files that a dataset can have, so that no manifest names another.
 _NAMES = re.compile(r"(train|validation)-\d{5,}\.bin|dataset\.json|tokenizer(_config)?\.json")
+# fsspec's removal and copying of several files expand patterns.
+_PATTERN = re.compile(r"[*?\[\]]")
 _CHECKED_FILE = "checked.json"
 # The other processes of a run open the copy that the first one has just checked, and do not read all of it again.
 _CHECKED_FOR_S = 600.0
@@ -128,8 +130,14 @@ def check_remote_out(address: str, *, overwrite: bool = False) -> None:
     """Checks that a dataset may be written to an address.
 
     Raises:
-        SlmError: When a dataset is there and may not be replaced, or something that is not a dataset's.
+        SlmError: When the address has the characters of a pattern, or a dataset is there and may not be replaced, or something
+            that is not a dataset's.
     """
+    if _PATTERN.search(address):
+        raise SlmError(
+            f"the output {address} has one of the characters * ? [ ]",
+            "name another --out: file systems take such a name for a pattern, and would remove what matches it",
+        )
     if is_remote_dataset(address) and not overwrite:
         raise SlmError(f"there is a prepared dataset already: {address}", OVERWRITE)
     for name in _present(address):
@@ -169,9 +177,16 @@ def _present(address: str) -> list[str]:
     """Returns the names of the files in a remote directory; none if it does not exist."""
     with reported(address, "list"):
         try:
-            return [str(name).rstrip("/").rpartition("/")[2] for name in file_system(address).ls(address, detail=False)]
+            found = file_system(address).ls(address, detail=True)
         except FileNotFoundError:
             return []
+        names = []
+        for each in found:
+            name = str(each["name"]).strip("/")
+            # Consoles of stores create a directory as an empty object, which its listing can have.
+            if not (address.rstrip("/").endswith(f"/{name}") and not each.get("size")):
+                names.append(name.rpartition("/")[2])
+        return names
 
 
 def _cached_manifest(sha256: str | None) -> DatasetManifest | None:

@@ -23,9 +23,14 @@ _PACKAGES: dict[str, str | None] = {
     "hf": "huggingface_hub",
     "memory": None,  # in this process only
 }
-_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*)://(.+)", re.DOTALL)
-_PASSWORD = re.compile(r"[^/]*:[^/]*@")
-_SIGNED = re.compile(r"[?&](x-amz-|x-goog-|signature=|sig=|token=|se=|awsaccesskeyid=)", re.IGNORECASE)
+# With one letter it would be a drive of Windows.
+_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+)://(.*)", re.DOTALL | re.IGNORECASE)
+# A secret may contain a slash. The names of Amazon's resources contain colons.
+_PASSWORD = re.compile(r"(?!arn:)[^/]*:.*@", re.DOTALL)
+_SIGNED = re.compile(
+    r"[?&](sig|se|[^=&]*(x-amz-|x-goog-|token|secret|passw|signature|credential|access_?key|api_?key)[^=&]*)=",
+    re.IGNORECASE,
+)
 _LOCAL = "file://"
 
 
@@ -33,17 +38,32 @@ def is_remote(name: str) -> bool:
     """Returns whether a value names a file or directory through fsspec, and not a path.
 
     Raises:
-        SlmError: When the address contains credentials.
+        SlmError: When the address contains credentials, also one of an unknown protocol, or nothing after the protocol.
     """
     found = _ADDRESS.fullmatch(name)
-    if found is None or found[1] not in _PACKAGES:
+    if found is None:
         return False
     if _PASSWORD.match(found[2]) or _SIGNED.search(found[2]):
         raise SlmError(
             f"the {found[1]}:// address contains credentials, which would be stored and shown",
             "leave them out: fsspec's file systems read them from the environment or their configuration files",
         )
+    if found[1] not in _PACKAGES:
+        return False
+    if not found[2].strip("/"):
+        raise SlmError(f"{name} names no directory or file", f"for example {found[1]}://bucket/stories")
     return True
+
+
+def check_path(name: str) -> None:
+    """Checks that a value which is not an address is not like one.
+
+    Raises:
+        SlmError: When it has an unknown protocol, also one in upper case: it would be the name of a local directory.
+    """
+    if _ADDRESS.fullmatch(name):
+        protocols = ", ".join(f"{protocol}://" for protocol, package in _PACKAGES.items() if package is not None)
+        raise SlmError(f"{name} is an address of an unknown kind", f"slm knows {protocols} and file:///PATH")
 
 
 def without_file_protocol(name: str) -> str:
@@ -115,7 +135,10 @@ def reported(address: str, action: str) -> Iterator[None]:
         raise SlmError(f"access denied: {address}", _CREDENTIALS) from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise SlmError(f"no space left to fetch {address}", "SLM_CACHE=DIR sets another cache directory") from None
+            hint = "free some space there: what is finished is kept, and the same command continues"
+            if action != "write":
+                hint = "free some space on the disk of the cache; SLM_CACHE=DIR sets another directory"
+            raise SlmError(f"no space left to {action} {address}", hint) from None
         raise _failed(address, action, error) from None
     except Exception as error:
         raise _failed(address, action, error) from None

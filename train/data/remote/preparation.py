@@ -1,16 +1,20 @@
 """Preparation of a dataset on this machine for an object store: made in the cache, then copied."""
 
 import hashlib
+from contextlib import suppress
+from pathlib import Path
 
 from slm.core import renames
+from slm.core.errors import SlmError
 from slm.core.files import read_text, write_text
 from slm.core.locks import sole
 from slm.core.progress import Progress
 from slm.core.runs import cached_data
 from slm.core.tokenizer import Tokenizer
 from slm.train.data.corpus import Corpus
-from slm.train.data.dataset import open_dataset
+from slm.train.data.dataset import check_files, open_dataset
 from slm.train.data.preparation import DatasetSettings, prepare_dataset, settings_sha256
+from slm.train.data.remote.cache import writable
 from slm.train.data.remote.datasets import check_remote_out, publish
 from slm.train.data.remote.locations import file_system
 
@@ -44,10 +48,11 @@ def prepare_remote_dataset(
     place = cached_data().with_name("unfinished") / hashlib.sha256(address.encode()).hexdigest()[:32]
     dataset, made_of = place / "dataset", place / "settings"
     wanted = settings_sha256(corpus, settings)
-    with sole(place, doing=f"prepares {address}"):
+    with writable(), sole(place, doing=f"prepares {address}"):
         place.mkdir(parents=True, exist_ok=True)
-        if not made_of.is_file() or read_text(made_of, "the state of the preparation").strip() != wanted:
+        if not _is_whole(dataset, made_of, wanted):
             made_of.unlink(missing_ok=True)
+            renames.remove_tree(dataset)
             prepare_dataset(corpus, dataset, settings, progress, workers=workers, overwrite=True)
             write_text(made_of, wanted + "\n")
         opened = open_dataset(dataset)
@@ -61,3 +66,12 @@ def prepare_remote_dataset(
         del opened  # Windows does not remove mapped files
         renames.remove_tree(place)
     return tokenizer
+
+
+def _is_whole(dataset: Path, made_of: Path, wanted: str) -> bool:
+    """Returns whether a dataset of the settings was finished before, and none of its files was changed since."""
+    with suppress(SlmError):
+        if made_of.is_file() and read_text(made_of, "the state of the preparation").strip() == wanted:
+            check_files(dataset, open_dataset(dataset).manifest)
+            return True
+    return False

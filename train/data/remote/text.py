@@ -10,12 +10,14 @@ from typing import Any
 from slm.core import renames
 from slm.core.errors import SlmError
 from slm.core.text.documents import read_parts
-from slm.core.text.files import ACCEPTED, DATASET_FILE, is_found, is_text
+from slm.core.text.files import ACCEPTED, DATASET_FILE, compression, is_found, is_text, kind
 from slm.train.data.remote.cache import entry
 from slm.train.data.remote.locations import file_system, joined, reported
 
 # Fields of a listing that change with a file's contents; each file system has others.
 _TAGS = ("ETag", "etag", "blob_id", "md5Hash", "generation", "mtime", "LastModified", "last_modified", "created")
+# In an entry of the cache: size and time of the text when it was fetched.
+_STATE_FILE = "fetched"
 # Attempts to read a file that another process removes from the cache just then.
 _ATTEMPTS = 3
 
@@ -27,7 +29,7 @@ class RemoteFile:
     Attributes:
         address: The address.
         bytes: Its size.
-        tag: A value that changes with its contents; "" if the file system has none.
+        tag: Name and value of a field that changes with its contents; "=" if the file system has none.
     """
 
     address: str
@@ -48,7 +50,7 @@ class RemoteFile:
         return asdict(self)
 
     def check(self) -> None:
-        """Does nothing: the size is compared when the file is fetched."""
+        """Does nothing: size and tag are compared when the file is fetched."""
 
     def parts(self, column: str, limit: int) -> Iterator[str]:
         """Yields the documents, as `slm.core.text.documents.read_parts`; errors name the address."""
@@ -66,16 +68,28 @@ class RemoteFile:
     def _fetched(self) -> Path:
         """Returns the path of the copy in the cache, fetching it if there is none."""
         key = hashlib.sha256(repr(self.fingerprint).encode()).hexdigest()[:40]
+        # The address may be too long for the name of a file, or have characters that lead to another directory.
+        file = Path(PurePosixPath(self.address).name)
         with entry("files", key, self.bytes, self.address) as place:
-            local = place / PurePosixPath(self.address).name
-            if local.is_file() and local.stat().st_size == self.bytes:
+            local = place / f"text{kind(file)}{compression(file)}"
+            state = place / _STATE_FILE
+            if local.is_file() and state.is_file() and state.read_text(encoding="ascii") == _state_of(local):
                 return local
             partial = place / "partial"
             fetch(self.address, partial)
-            if partial.stat().st_size != self.bytes:
+            if partial.stat().st_size != self.bytes or self._is_replaced():
                 raise SlmError(f"{self.address} changed while it was read", "run the same command again")
             renames.replace(partial, local)
+            state.write_text(_state_of(local), encoding="ascii", newline="")
         return local
+
+    def _is_replaced(self) -> bool:
+        """Returns whether the file at the address is another one now. Kinds of tags that cannot be compared are ignored."""
+        files = file_system(self.address)
+        with reported(self.address, "read"):
+            now = _remote(files, files.info(self.address))
+        (what, before), (name, after) = (tag.partition("=")[::2] for tag in (self.tag, now.tag))
+        return now.bytes != self.bytes or (what == name and before != after)
 
 
 def remote_files(address: str) -> list[RemoteFile]:
@@ -114,7 +128,7 @@ def fetch(address: str, local: Path) -> None:
     Raises:
         SlmError: When it cannot be read.
     """
-    with reported(address, "read"):
+    with reported(address, "fetch"):
         file_system(address).get_file(address, str(local))
 
 
@@ -129,7 +143,12 @@ def is_remote_dataset(address: str) -> bool:
 
 
 def _remote(files: Any, about: dict[str, Any]) -> RemoteFile:
-    tag = next((about[name] for name in _TAGS if about.get(name) is not None), "")
-    # Some file systems give a time as an object in one listing, and as a number in another.
-    tag = tag.timestamp() if isinstance(tag, datetime) else tag
-    return RemoteFile(str(files.unstrip_protocol(about["name"])), int(about["size"]), str(tag))
+    name, tag = next(((name, about[name]) for name in _TAGS if about.get(name) is not None), ("", ""))
+    # Some file systems give a time as an object in one listing, and as a number in another; Azure's tags have quotes in one.
+    tag = tag.timestamp() if isinstance(tag, datetime) else str(tag).strip('"')
+    return RemoteFile(str(files.unstrip_protocol(about["name"])), int(about["size"]), f"{name}={tag}")
+
+
+def _state_of(file: Path) -> str:
+    stat = file.stat()
+    return f"{stat.st_size} {stat.st_mtime_ns}"

@@ -11,7 +11,7 @@ import sqlite3
 import numpy as np
 from numpy.typing import NDArray
 
-from slm.core.errors import SlmError
+from slm.train.data.dedup import tracked
 
 SHINGLE_WORDS = 5
 # Values of a signature: the standard error of an estimate is at most 0.5 / sqrt(128) = 0.044.
@@ -74,14 +74,12 @@ class NearDuplicates:
             SlmError: When the database cannot be written.
         """
         bands = self._bands(signature)
-        try:
+        with tracked("near duplicates"):
             if self._is_near(bands, np.frombuffer(signature, "<u4")):
                 return False
             self._kept += 1
             self._connection.execute("INSERT INTO signatures VALUES (?, ?)", (self._kept, signature))
             self._connection.executemany("INSERT INTO bands VALUES (?, ?)", [(band, self._kept) for band in bands])
-        except sqlite3.OperationalError as error:
-            raise SlmError(f"cannot keep track of near duplicates ({error})", "free some space on the disk") from None
         return True
 
     def _bands(self, signature: bytes) -> set[int]:
