@@ -58,6 +58,7 @@ _LONG = ["batch.context=512", "batch.batch_size=4", "evaluation.context=512", "e
 
 _NORMUON = "optimizer.name=normuon"
 _SHORT = ["optimizer.momentum=0.9", "optimizer.embedding_betas=[0.8, 0.95]"]
+_SHORTER = ["optimizer.momentum=0.85", "optimizer.embedding_betas=[0.5, 0.95]"]
 _SMALL = ["batch.batch_size=8", "schedule.learning_rate=0.007"]  # half of the tokens an update, 0.7 of the rate
 
 # The values that each variant sets on top of the base.
@@ -117,7 +118,11 @@ VARIANTS: dict[str, list[str]] = {
     "shorter-memories-normuon-rows": [*_SHORT, _NORMUON, "batch.first_context=32"],
     "normuon-momentum-0.9": [_NORMUON, "optimizer.momentum=0.9"],
     "shorter-memories-normuon-small-updates": [*_SHORT, _NORMUON, *_SMALL],
-    "shortest-memories-normuon": ["optimizer.momentum=0.85", "optimizer.embedding_betas=[0.5, 0.95]", _NORMUON],
+    "momentum-0.85-betas-0.5-normuon": [*_SHORTER, _NORMUON],
+    "momentum-0.85-betas-0.5-normuon-small": [*_SHORTER, _NORMUON, *_SMALL],
+    "momentum-0.8-betas-0.5-normuon": [*_SHORTER, _NORMUON, "optimizer.momentum=0.8"],
+    "momentum-0.85-betas-0-normuon": [*_SHORTER, _NORMUON, "optimizer.embedding_betas=[0, 0.95]"],
+    "momentum-0.7-betas-0-normuon": [_NORMUON, "optimizer.momentum=0.7", "optimizer.embedding_betas=[0, 0.95]"],
 }
 # What a variant is compared with, if not with the base: losses in other windows cannot be compared.
 REFERENCES = {"rows-512": "rows-512", "rows-512-from-64": "rows-512", "best-fit-512": "rows-512"}
