@@ -6,8 +6,8 @@
 A model of 502,272 parameters, 5,242,880 tokens or fewer, the same 512 windows of 128 held-out tokens for all. `documented`
 keeps its 131,072 tokens an update and its schedule's proportions, which leaves 40 updates; its learning rate is swept by
 factors; and it is run with 4,096 tokens an update too, for with 40 updates no rate can do much. `modern` runs with 2,048
-tokens an update, a complete schedule for each budget. What is in OUT already is not run again. Everything ends in one
-picture and one JSON object.
+tokens an update, a complete schedule for each budget, and the optimizer that it had when these figures were measured: plain
+Muon. What is in OUT already is not run again. Everything ends in one picture and one JSON object.
 """
 
 import argparse
@@ -35,6 +35,8 @@ MODEL = [
     "evaluation.windows=512",
     "evaluation.context=128",
 ]
+# `modern` until 2026-11-29.
+PLAIN_MUON = ["optimizer.name=muon", "optimizer.momentum=0.95", "optimizer.embedding_betas=null"]
 SEEDS = range(3)
 # D: 131,072 tokens an update, as documented. E: 4,096.
 ACCUMULATION = {"D": 32, "E": 1}
@@ -76,6 +78,7 @@ def modern(tokens: int, seed: int) -> Run:
             f"schedule.micro_steps={micro_steps}",
             f"schedule.warmup_micro_steps={max(10, min(80, micro_steps // 6))}",
             "schedule.learning_rate=0.01",
+            *PLAIN_MUON,
             "optimizer.embedding_rate=3",
             f"evaluation.every_micro_steps={micro_steps // 12}",
         ],

@@ -35,10 +35,9 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from recipes import MODEL
+from recipes import MODEL, PLAIN_MUON
 
 BASE = "base"
-_BEFORE = ["optimizer.name=muon", "optimizer.momentum=0.95", "optimizer.embedding_betas=null"]
 # A width and depth whose blocks weigh more than the embedding; 2,019,264 parameters.
 SIZES: dict[str, list[str]] = {
     "0.5m": MODEL,
@@ -198,7 +197,7 @@ def measure(dataset: str, out: Path, size: str, run: Run) -> None:
     path = _place(out, size, run)
     shutil.rmtree(path, ignore_errors=True)
     more = [f"data.train={dataset}", "log=[]", *_further(out, size, run)]
-    result = train(load_recipe("modern", [*_BEFORE, *run.overrides, *more]), path)
+    result = train(load_recipe("modern", [*PLAIN_MUON, *run.overrides, *more]), path)
     rows = map(json.loads, (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     row = {
         "size": size,
@@ -298,7 +297,7 @@ def _update(dataset: str, out: Path, size: str, variant: str) -> Callable[[int],
     from slm.train.recipe import load_recipe
 
     run = planned(size, variant, 0, 128 * UPDATE)
-    recipe = load_recipe("modern", [*_BEFORE, *run.overrides, *_further(out, size, run)])
+    recipe = load_recipe("modern", [*PLAIN_MUON, *run.overrides, *_further(out, size, run)])
     device, tokens = torch.device("cpu"), open_dataset(Path(dataset)).train
     model = build_model(recipe, recipe.model.config(), device, None)
     learner = build_learner(recipe, model, tokens, device, FLOAT32, None, Alone())

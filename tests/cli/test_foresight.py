@@ -73,8 +73,10 @@ def test_passes_become_updates_when_the_text_is_prepared(slm: Slm, stories: list
     prepared = slm("data", "prepare", "--data", "text.txt", "--vocab-size", "300", "--out", "prepared", "--json")
     assert prepared.code == 0, prepared.err
     recipe = ("train", "--recipe", "stories-4m", "--dry-run", "--on", "t4", "--json", "--set", "batch.batch_size=2")
+    passes = load_recipe("stories-4m").schedule.epochs
+    assert passes is not None
     fields = json.loads(slm(*recipe, "--data", "prepared").out)
-    assert fields["micro_steps"] == round(4 * fields["text_tokens"] / 512)
+    assert fields["micro_steps"] == round(passes * fields["text_tokens"] / 512)
     guessed = json.loads(slm(*recipe, "--data", "text.txt").out)
     assert guessed["text_tokens"] != fields["text_tokens"]  # by its size
 

@@ -81,7 +81,7 @@ def test_modern_differs_from_documented_in_how_it_learns_not_in_the_model() -> N
     modern, documented = load_recipe("modern"), load_recipe("documented")
     assert modern.model == documented.model
     assert modern.data.tokenizer == documented.data.tokenizer
-    assert (modern.optimizer.name, modern.schedule.shape, modern.data.sampler) == ("muon", "wsd", "packed")
+    assert (modern.optimizer.name, modern.schedule.shape, modern.data.sampler) == ("normuon", "wsd", "packed")
     # measured alike, so that the losses compare
     assert modern.evaluation.context == documented.batch.context
     assert modern.evaluation.windows == documented.evaluation.windows

@@ -54,11 +54,14 @@ def test_a_contradiction_is_named(override: str, said: str) -> None:
         (["optimizer.weight_decay=0", "optimizer.cautious=true"], "optimizer.cautious has no effect with"),
         (["optimizer.weight_decay=0", "optimizer.decay_shape=linear"], "optimizer.decay_shape has no effect with"),
         (
-            ["optimizer.name=adamw", "optimizer.momentum_warmup=0.2"],
+            ["optimizer.name=adamw", "optimizer.momentum=0.95", "optimizer.momentum_warmup=0.2"],
             "optimizer.momentum_warmup has no effect with optimizer.name=adamw",
         ),
         (["optimizer.momentum_start=0.5"], "optimizer.momentum_start has no effect without"),
-        (["optimizer.row_beta=0.5"], "optimizer.row_beta has no effect without optimizer.name=normuon"),
+        (
+            ["optimizer.name=muon", "optimizer.row_beta=0.5"],
+            "optimizer.row_beta has no effect without optimizer.name=normuon",
+        ),
         (["batch.context_warmup=0.5"], "batch.context_warmup has no effect without batch.first_context"),
     ],
 )
