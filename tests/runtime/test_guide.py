@@ -28,7 +28,7 @@ def test_the_programs(capsys: pytest.CaptureFixture[str]) -> None:
     for block in blocks:
         exec(block, names)
         printed.append(capsys.readouterr().out)
-    assert " happy 391 " in printed[0].splitlines()[2]
+    assert " sad 506 " in printed[0].splitlines()[2]
     assert printed[1] == "20 length None\nTrue\n" and "# 20 length None" in blocks[1]
     roles = printed[2].splitlines()[-1][printed[2].splitlines()[-1].index("[") :]
     assert roles in blocks[2] and names["again"].messages == names["chat"].messages

@@ -102,9 +102,9 @@ def test_epochs_become_micro_steps(small_recipe: MakeRecipe) -> None:
         OUT,
     )
     config, dataset = module.load_recipe(OUT / "config.yaml"), open_dataset(OUT / "data")
-    wanted = round(0.2 * len(dataset.train.ids) / (4 * 24))
+    wanted = 2 * round(0.2 * len(dataset.train.ids) / (2 * 4 * 24))
     assert (config.schedule.micro_steps, config.schedule.epochs) == (wanted, None)
-    assert result.micro_steps == wanted // 2 * 2
+    assert result.micro_steps == wanted
 
 
 def test_what_the_machine_trades_reaches_the_model(

@@ -5,6 +5,7 @@
 Prints one JSON object a run: command, how the disk was, exit code, what was said, whether what was there is as it was.
 """
 
+import gc
 import hashlib
 import io
 import json
@@ -113,6 +114,7 @@ def tried(
         tell(name=name, disk=f"{share:.0%} free", code=code, said=said, kept=before.items() <= left.items(),
              added=sorted(left.keys() - before.keys()))  # fmt: skip
         after()
+    gc.collect()  # the errors of the commands may still refer to open files, with which the file system cannot become read-only
     mount(disk, "remount,ro")
     code, said = run(*arguments)
     mount(disk, "remount,rw")
