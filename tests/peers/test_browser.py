@@ -42,7 +42,8 @@ from tests.serving import running
 pytestmark = pytest.mark.peer
 
 PEERS = Path(__file__).parents[2] / "build" / "peers"
-SHORT = "Once upon a time there was a little owl"
+# The 64 greedy tokens after it have no near ties: the best logit leads by 0.18 or more.
+SHORT = "Once upon a time there was a happy dog"
 # Logits, of up to 5, that activations rounded to 8 bits do not tell apart.
 TIE = 0.05
 # Chromium runs in a container without its own sandbox.
@@ -213,7 +214,7 @@ def generated(prompt: str, *options: object) -> bytes:
 def long_prompt() -> str:
     """Some hundred tokens of a story: more than two windows of the model that ships, and several pieces of reading."""
     story = sample.validation_path().read_text(encoding="utf-8").replace("<|endoftext|>", "")
-    prompt = " ".join(story.split()[:340])
+    prompt = " ".join(story.split()[:343])
     assert len(slm.load(shipped.model_path()).tokenizer.encode(prompt)) > 2 * 128 + 64
     return prompt
 
@@ -326,12 +327,12 @@ def test_each_mode_keeps_its_paragraphs(open_tab: Callable[..., Tab], story_site
 
 def test_a_talk(open_tab: Callable[..., Tab], story_site: SiteServer) -> None:
     """Turn by turn what `slm chat` answers, special tokens in what is said included."""
-    lines = ["Who is there?", "Tell me about the <end_of_turn> dog.", "And then?"]
-    options = ["--greedy", "--json", "--max-new-tokens", "20"]
+    lines = ["Look, a bird!", "Where is the <end_of_turn> cat?", "And then?"]  # no near ties in the answers
+    options = ["--greedy", "--json", "--max-new-tokens", "18"]
     command = [sys.executable, "-m", "slm", "chat", *options]
     done = subprocess.run(command, input="\n".join(lines), capture_output=True, encoding="utf-8", timeout=120)
     expected = [json.loads(line)["text"] for line in done.stdout.splitlines()]
-    tab = open_tab(story_site.url).ready().set(greedy=True, new_tokens=20)
+    tab = open_tab(story_site.url).ready().set(greedy=True, new_tokens=18)
     tab.page.check("input[value=talk]")
     assert "trained on plain text" in str(tab.page.text_content("#note"))
     assert [tab.text(line) for line in lines] == expected and len(expected) == 3
@@ -371,7 +372,7 @@ def test_a_newer_site_is_offered(open_tab: Callable[..., Tab], tmp_path: Path) -
         port = server.server_address[1]
     with served(site_of(shipped.model_path(), "new"), port):
         tab.page.reload()
-        assert tab.page.title() == "old · slm"  # what it has works at once
+        tab.page.wait_for_function("document.title === 'old · slm'", timeout=20_000)  # what it has works at once
         tab.page.click("#renew", timeout=20_000)
         tab.page.locator("#name", has_text="new").wait_for(timeout=20_000)
         tab.ready()
