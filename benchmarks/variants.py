@@ -377,7 +377,8 @@ def draw(out: Path, size: str, variants: Sequence[str], picture: Path) -> None:
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for number, name in enumerate(variants):
+    measured = [name for name in variants if _budgets(out, size, name)]
+    for number, name in enumerate(measured):
         rows = [row for row in results(out) if (row["size"], row["variant"]) == (size, name)]
         axes.plot([row["tokens"] for row in rows], [row["loss"] for row in rows], "o", color=f"C{number}", markersize=3)
         tokens, losses = zip(*_budgets(out, size, name), strict=True)
