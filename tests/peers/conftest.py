@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import pytest
 
 import slm
 from slm.core.contract import FEW_TOKENS
+from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 from slm.core.nn import load_checkpoint, save_checkpoint
 from slm.core.tokenizer import Tokenizer
@@ -26,12 +27,18 @@ from slm.export.bundle import ExportOptions, export_bundle
 from slm.quantize.make import quantize_bundle
 from slm.quantize.settings import Gate, Settings
 from slm.quantize.texts import TokenRows
-from slm.runtime import decoder
+from slm.runtime import decoder, shipped
+from slm.web.npm import packages, vendored
+from slm.web.server import SiteServer
+from tests.peers.pages import Tab, served, site_of
 
 PEERS = Path(__file__).parents[2] / "build" / "peers"
 SCRIPTS = Path(__file__).parent / "scripts"
 FAKE_CUDA = Path(__file__).parents[1] / "fake_cuda"
 CLIENTS = (Path(__file__).parents[2] / "docs" / "clients.md").read_text(encoding="utf-8")
+# Chromium runs in a container without its own sandbox.
+FLAGS = ["--no-sandbox"]
+SWIFTSHADER = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan"]
 
 Ask = Callable[..., Any]
 
@@ -260,3 +267,55 @@ def fake_cuda(fake_cuda_variables: dict[str, str]) -> Callable[..., Ran]:
         return Ran(done.stdout, done.stderr.splitlines())
 
     return run
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """Debian's Chromium, driven by Playwright; skips where either is missing, or what the page takes from npm."""
+    program = shutil.which("chromium")
+    if program is None:
+        pytest.skip("no chromium; as root `make peers` installs Debian's")
+    if not (PEERS / "playwright").is_dir():
+        pytest.skip("no playwright under build/peers; `make peers` installs it")
+    try:
+        vendored(name for package in packages().values() for name in package.files)
+    except SlmError as error:
+        pytest.skip(f"{error.message}; `make web` fetches it")
+    sys.path.append(str(PEERS / "playwright"))
+    try:
+        from playwright.sync_api import sync_playwright  # type: ignore[import-not-found]
+    finally:
+        sys.path.remove(str(PEERS / "playwright"))
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def gpu(chromium: Any) -> Iterator[Any]:
+    """Chromium with a GPU that is a program."""
+    browser = chromium.browser_type.launch(executable_path=shutil.which("chromium"), args=[*FLAGS, *SWIFTSHADER])
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def open_tab(chromium: Any) -> Iterator[Callable[..., Tab]]:
+    """Opens pages; afterwards none of them has asked anybody else or failed unseen."""
+    tabs: list[Tab] = []
+
+    def open_one(url: str, browser: Any = None, **options: Any) -> Tab:
+        tabs.append(Tab(browser or chromium, url, **options))
+        return tabs[-1]
+
+    yield open_one
+    for tab in tabs:
+        tab.close()
+
+
+@pytest.fixture(scope="module")
+def story_site(chromium: Any) -> Iterator[SiteServer]:
+    """The site of the model that ships."""
+    with served(site_of(shipped.model_path())) as server:
+        yield server

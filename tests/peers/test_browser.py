@@ -5,12 +5,10 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,8 +21,6 @@ import pytest
 
 import slm
 from slm.core import manifest as manifest_module
-from slm.core import sample
-from slm.core.errors import SlmError
 from slm.core.manifest import Bundle, seal
 from slm.export import bundle as bundle_module
 from slm.export.graph.formats import FloatFormat
@@ -34,198 +30,34 @@ from slm.quantize.settings import Gate, Settings
 from slm.quantize.texts import TokenRows
 from slm.runtime import shipped
 from slm.runtime.decoder import OnnxDecoder
-from slm.web.npm import packages, vendored
 from slm.web.server import SiteServer
-from slm.web.site import SITE_FILE, Site, local_site
+from slm.web.site import SITE_FILE
+from tests.peers.pages import (
+    ANSWER_TOKENS,
+    NEW_TOKENS,
+    Tab,
+    generated,
+    long_prompt,
+    served,
+    short_prompt,
+    site_of,
+    talk,
+)
 from tests.serving import running
 
 pytestmark = pytest.mark.peer
 
-PEERS = Path(__file__).parents[2] / "build" / "peers"
-# The 64 greedy tokens after it have no near ties: the best logit leads by 0.18 or more.
-SHORT = "Once upon a time there was a happy dog"
 # Logits, of up to 5, that activations rounded to 8 bits do not tell apart.
 TIE = 0.05
-# Chromium runs in a container without its own sandbox.
-FLAGS = ["--no-sandbox"]
-SWIFTSHADER = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan"]
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    """Debian's Chromium, driven by Playwright; skips where either is missing, or what the page takes from npm."""
-    program = shutil.which("chromium")
-    if program is None:
-        pytest.skip("no chromium; as root `make peers` installs Debian's")
-    if not (PEERS / "playwright").is_dir():
-        pytest.skip("no playwright under build/peers; `make peers` installs it")
-    try:
-        vendored(name for package in packages().values() for name in package.files)
-    except SlmError as error:
-        pytest.skip(f"{error.message}; `make web` fetches it")
-    sys.path.append(str(PEERS / "playwright"))
-    try:
-        from playwright.sync_api import sync_playwright  # type: ignore[import-not-found]
-    finally:
-        sys.path.remove(str(PEERS / "playwright"))
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=FLAGS)
-        yield browser
-        browser.close()
-
-
-class Tab:
-    """A page in a browser of its own, and everything that it asked for."""
-
-    def __init__(self, browser: Any, url: str, width: int = 800, **options: Any) -> None:
-        self.context = browser.new_context(viewport={"width": width, "height": 900}, **options)
-        self.requests: list[str] = []
-        self.errors: list[str] = []
-        self.context.on("request", lambda request: self.requests.append(request.url))
-        self.page = self.context.new_page()
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.url = url
-        self.page.goto(url)
-
-    def ready(self) -> "Tab":
-        self.page.locator("#write:enabled").wait_for(timeout=60_000)
-        return self
-
-    def problem(self) -> str:
-        self.page.locator("#problem:visible").wait_for(timeout=60_000)
-        return str(self.page.text_content("#problem"))
-
-    def set(self, **settings: Any) -> "Tab":
-        if not self.page.locator("#settings[open]").count():
-            self.page.click("#settings summary")
-        self.page.set_checked("#greedy", settings.pop("greedy", False))
-        for name, value in settings.items():
-            self.page.fill(f"#{name.replace('_', '-')}", str(value))
-        return self
-
-    def begin(self, prompt: str) -> None:
-        self.page.fill("#prompt", prompt)
-        self.page.click("#write")
-
-    def stopped(self, prompt: str, how: str) -> dict[str, Any]:
-        """Begins a text and stops it, by a statement, as soon as there is some of it; returns how it went."""
-        self.page.evaluate(f"""(() => {{
-            const log = document.getElementById("log");
-            const seen = new MutationObserver(() => {{
-                if (!log.querySelector(".new")?.textContent) return;
-                seen.disconnect();
-                const busy = log.getAttribute("aria-busy") === "true" && document.getElementById("write").disabled;
-                if (!busy) throw new Error("not busy");
-                {how};
-            }});
-            seen.observe(log, {{ childList: true, subtree: true, characterData: true }});
-        }})()""")
-        self.begin(prompt)
-        self.page.locator("#write:enabled").wait_for(timeout=30_000)
-        return self.run
-
-    def text(self, prompt: str) -> str:
-        """Writes a text and returns what came after the prompt."""
-        self.begin(prompt)
-        self.page.locator("#write:enabled").wait_for(timeout=120_000)
-        assert self.page.locator("#problem").is_hidden(), self.page.text_content("#problem")
-        return str(self.page.locator("#log .new").last.text_content())
-
-    @property
-    def run(self) -> dict[str, Any]:
-        """How the last text went."""
-        found: dict[str, Any] = json.loads(self.page.get_attribute("#figures", "data-run"))
-        return found
-
-    @property
-    def found(self) -> dict[str, Any]:
-        """What runs the model."""
-        told: dict[str, Any] = json.loads(self.page.get_attribute("#where", "data-found"))
-        return told
-
-    def close(self) -> None:
-        origin = self.url.rstrip("/")
-        elsewhere = [url for url in self.requests if not url.startswith((f"{origin}/", f"blob:{origin}/"))]
-        self.context.close()
-        assert elsewhere == [] and self.errors == []
-
-
-@pytest.fixture(scope="module")
-def gpu(chromium: Any) -> Iterator[Any]:
-    """Chromium with a GPU that is a program."""
-    browser = chromium.browser_type.launch(executable_path=shutil.which("chromium"), args=[*FLAGS, *SWIFTSHADER])
-    yield browser
-    browser.close()
-
-
-@pytest.fixture
-def open_tab(chromium: Any) -> Iterator[Callable[..., Tab]]:
-    """Opens pages; afterwards none of them has asked anybody else or failed unseen."""
-    tabs: list[Tab] = []
-
-    def open_one(url: str, browser: Any = None, **options: Any) -> Tab:
-        tabs.append(Tab(browser or chromium, url, **options))
-        return tabs[-1]
-
-    yield open_one
-    for tab in tabs:
-        tab.close()
-
-
-class Cut(SiteServer):
-    """A server whose connections end with it, those that a browser keeps among them."""
-
-    def __init__(self, site: Site, port: int) -> None:
-        self.connections: list[Any] = []
-        super().__init__(site, "127.0.0.1", port)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        self.connections.append(request)
-        super().process_request(request, client_address)
-
-    def server_close(self) -> None:
-        super().server_close()
-        for connection in self.connections:
-            with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-
-
-def served(site: Site, port: int = 0) -> AbstractContextManager[SiteServer]:
-    return running(Cut(site, port))
-
-
-def site_of(path: Path, name: str = "stories") -> Site:
-    return local_site(Bundle.open(path), name)
-
-
-@pytest.fixture(scope="module")
-def story_site(chromium: Any) -> Iterator[SiteServer]:
-    """The site of the model that ships."""
-    with served(site_of(shipped.model_path())) as server:
-        yield server
-
-
-def generated(prompt: str, *options: object) -> bytes:
-    """What `slm generate` prints, to the byte."""
-    command = [sys.executable, "-m", "slm", "generate", "-p", prompt, "--max-new-tokens", 64, *options]
-    return subprocess.run(list(map(str, command)), capture_output=True, check=True, timeout=120).stdout
-
-
-def long_prompt() -> str:
-    """Some hundred tokens of a story: more than two windows of the model that ships, and several pieces of reading."""
-    story = sample.validation_path().read_text(encoding="utf-8").replace("<|endoftext|>", "")
-    prompt = " ".join(story.split()[:343])
-    assert len(slm.load(shipped.model_path()).tokenizer.encode(prompt)) > 2 * 128 + 64
-    return prompt
 
 
 def test_the_text_of_slm_generate_to_the_byte(open_tab: Callable[..., Tab], story_site: SiteServer) -> None:
-    tab = open_tab(story_site.url).ready().set(greedy=True, new_tokens=64)
+    tab = open_tab(story_site.url).ready().set(greedy=True, new_tokens=NEW_TOKENS)
     assert tab.found["isolated"] and tab.found["threads"] >= 1 and tab.found["kept"]
-    for prompt in (SHORT, long_prompt()):
+    for prompt in (short_prompt(), long_prompt()):
         text = tab.text(prompt)
         assert f"{prompt}{text}\n".encode() == generated(prompt, "--greedy")
-        assert tab.run["tokens"] == 64 and tab.run["reason"] == "length" and tab.run["tokensPerSecond"] > 0
+        assert tab.run["tokens"] == NEW_TOKENS and tab.run["reason"] == "length" and tab.run["tokensPerSecond"] > 0
     assert tab.run["memory"]["runtime"] > 5e6 and 0 < tab.run["memory"]["caches"] < 5e6
 
 
@@ -233,7 +65,7 @@ def test_another_weight_or_setting_gives_another_text(
     open_tab: Callable[..., Tab], story_site: SiteServer, tmp_path: Path
 ) -> None:
     """The control, and that chance is the seed's."""
-    expected = generated(SHORT, "--greedy").decode()
+    expected = generated(short_prompt(), "--greedy").decode()
     altered = tmp_path / "altered"
     shutil.copytree(shipped.model_path(), altered)
     weights = altered / "onnx" / "model_quantized.onnx_data"
@@ -242,24 +74,24 @@ def test_another_weight_or_setting_gives_another_text(
     weights.write_bytes(content)
     seal(altered, Bundle.open(shipped.model_path()).manifest)
     with served(site_of(altered)) as server:
-        other = open_tab(server.url).ready().set(greedy=True, new_tokens=64).text(SHORT)
-    assert f"{SHORT}{other}\n" != expected
-    tab = open_tab(story_site.url).ready().set(temperature=1.2, seed=5, new_tokens=64)
-    drawn = tab.text(SHORT)
-    assert f"{SHORT}{drawn}\n" != expected
-    assert tab.text(SHORT) == drawn
-    assert tab.set(temperature=1.2, seed=6).text(SHORT) != drawn
+        other = open_tab(server.url).ready().set(greedy=True, new_tokens=NEW_TOKENS).text(short_prompt())
+    assert f"{short_prompt()}{other}\n" != expected
+    tab = open_tab(story_site.url).ready().set(temperature=1.2, seed=5, new_tokens=NEW_TOKENS)
+    drawn = tab.text(short_prompt())
+    assert f"{short_prompt()}{drawn}\n" != expected
+    assert tab.text(short_prompt()) == drawn
+    assert tab.set(temperature=1.2, seed=6).text(short_prompt()) != drawn
 
 
 def test_without_a_network(open_tab: Callable[..., Tab]) -> None:
     with served(site_of(shipped.model_path())) as server:
         tab = open_tab(server.url).ready()
-        before = tab.set(greedy=True, new_tokens=64).text(SHORT)
+        before = tab.set(greedy=True, new_tokens=NEW_TOKENS).text(short_prompt())
         tab.page.evaluate("navigator.serviceWorker.ready.then(() => 1)")
     asked = len(tab.requests)
     tab.page.reload()
-    assert tab.ready().set(greedy=True, new_tokens=64).text(SHORT) == before
-    assert f"{SHORT}{before}\n".encode() == generated(SHORT, "--greedy")
+    assert tab.ready().set(greedy=True, new_tokens=NEW_TOKENS).text(short_prompt()) == before
+    assert f"{short_prompt()}{before}\n".encode() == generated(short_prompt(), "--greedy")
     assert not any("/model/" in url or url.endswith(".wasm") for url in tab.requests[asked:])
     tab.page.click("#remove")
     tab.page.locator("#kept", has_text="stored files are deleted").wait_for()
@@ -275,7 +107,7 @@ ESCAPE = "document.dispatchEvent(new KeyboardEvent('keydown', { key: 'Escape' })
 def test_the_stop_button_and_the_keys(open_tab: Callable[..., Tab], story_site: SiteServer) -> None:
     tab = open_tab(story_site.url).ready().set(temperature=2, seed=1, top_k=0, top_p=1, new_tokens=900)
     for how in (CLICK, ESCAPE):
-        run = tab.stopped(SHORT, how)
+        run = tab.stopped(short_prompt(), how)
         assert run["reason"] == "stopped" and 0 < run["tokens"] < 100
     tab.page.fill("#prompt", long_prompt())
     tab.page.press("#prompt", "Control+Enter")  # and it goes on writing afterwards
@@ -303,20 +135,20 @@ def test_a_touch_screen(open_tab: Callable[..., Tab], story_site: SiteServer) ->
             open_tab(story_site.url, width=390, has_touch=touch, is_mobile=touch).ready().set(greedy=True, new_tokens=4)
         )
         assert tab.page.locator("#keys").is_visible() != touch
-        tab.text(SHORT)
+        tab.text(short_prompt())
         assert tab.page.evaluate("document.activeElement.id === 'prompt'") != touch
 
 
 def test_each_mode_keeps_its_paragraphs(open_tab: Callable[..., Tab], story_site: SiteServer) -> None:
     tab = open_tab(story_site.url).ready().set(greedy=True, new_tokens=4)
-    tab.text(SHORT)
+    tab.text(short_prompt())
     tab.page.check("input[value=talk]")
     assert tab.page.text_content("#log") == ""
     tab.text("Who is there?")
     said = str(tab.page.text_content("#log"))
-    assert "Who is there?" in said and SHORT not in said
+    assert "Who is there?" in said and short_prompt() not in said
     tab.page.check("input[value=continue]")
-    assert str(tab.page.text_content("#log")).startswith(SHORT)
+    assert str(tab.page.text_content("#log")).startswith(short_prompt())
     tab.text("A dog")
     tab.page.check("input[value=talk]")
     assert tab.page.text_content("#log") == said
@@ -327,12 +159,12 @@ def test_each_mode_keeps_its_paragraphs(open_tab: Callable[..., Tab], story_site
 
 def test_a_talk(open_tab: Callable[..., Tab], story_site: SiteServer) -> None:
     """Turn by turn what `slm chat` answers, special tokens in what is said included."""
-    lines = ["Look, a bird!", "Where is the <end_of_turn> cat?", "And then?"]  # no near ties in the answers
-    options = ["--greedy", "--json", "--max-new-tokens", "18"]
+    lines = talk()
+    options = ["--greedy", "--json", "--max-new-tokens", str(ANSWER_TOKENS)]
     command = [sys.executable, "-m", "slm", "chat", *options]
     done = subprocess.run(command, input="\n".join(lines), capture_output=True, encoding="utf-8", timeout=120)
     expected = [json.loads(line)["text"] for line in done.stdout.splitlines()]
-    tab = open_tab(story_site.url).ready().set(greedy=True, new_tokens=18)
+    tab = open_tab(story_site.url).ready().set(greedy=True, new_tokens=ANSWER_TOKENS)
     tab.page.check("input[value=talk]")
     assert "trained on plain text" in str(tab.page.text_content("#note"))
     assert [tab.text(line) for line in lines] == expected and len(expected) == 3
@@ -384,18 +216,18 @@ def test_a_host_without_headers(open_tab: Callable[..., Tab], tmp_path: Path) ->
 
     From the second time on the service worker gives the page the headers that it lacks.
     """
-    expected = generated(SHORT, "--greedy").decode()
+    expected = generated(short_prompt(), "--greedy").decode()
     site_of(shipped.model_path()).write(tmp_path / "some" / "site")
     plain = partial(SimpleHTTPRequestHandler, directory=tmp_path)
     with running(ThreadingHTTPServer(("127.0.0.1", 0), plain)) as server:
         tab = open_tab(f"http://127.0.0.1:{server.server_address[1]}/some/site/").ready()
         assert not tab.found["isolated"] and tab.found["threads"] == 1
         assert "one thread is all there is" in str(tab.page.text_content("#where"))
-        assert f"{SHORT}{tab.set(greedy=True, new_tokens=64).text(SHORT)}\n" == expected
+        assert f"{short_prompt()}{tab.set(greedy=True, new_tokens=NEW_TOKENS).text(short_prompt())}\n" == expected
         assert set(tab.page.evaluate("caches.keys()")) >= {"slm files /some/site/"}
         tab.page.reload()
         assert tab.ready().found["isolated"]
-        assert f"{SHORT}{tab.set(greedy=True, new_tokens=64).text(SHORT)}\n" == expected
+        assert f"{short_prompt()}{tab.set(greedy=True, new_tokens=NEW_TOKENS).text(short_prompt())}\n" == expected
 
 
 @pytest.mark.parametrize(
@@ -499,19 +331,19 @@ def test_the_page_of_slm_serve(open_tab: Callable[..., Tab], key: str | None) ->
             assert "missing or wrong" in tab.problem()
             tab.page.fill("#key", key)
             tab.page.press("#key", "Tab")
-        tab.ready().set(greedy=True, new_tokens=64)
-        assert f"{SHORT}{tab.text(SHORT)}\n".encode() == generated(SHORT, "--greedy")
-        assert tab.run["tokens"] == 64
+        tab.ready().set(greedy=True, new_tokens=NEW_TOKENS)
+        assert f"{short_prompt()}{tab.text(short_prompt())}\n".encode() == generated(short_prompt(), "--greedy")
+        assert tab.run["tokens"] == NEW_TOKENS
         tab.page.check("input[value=talk]")
         assert tab.set(greedy=True, new_tokens=20).text("Who is there?") != ""
         tab.page.check("input[value=continue]")
         tab.set(temperature=2, top_k=0, top_p=1, seed=3, new_tokens=900)
-        run = tab.stopped(SHORT, CLICK)
+        run = tab.stopped(short_prompt(), CLICK)
         assert run["reason"] == "stopped" and len(str(tab.page.text_content("#log .new"))) < 2000
         assert not any("/model/" in each or "/vendor/" in each for each in tab.requests)
         process.send_signal(signal.SIGTERM)
         process.wait(30)
-        tab.begin(SHORT)
+        tab.begin(short_prompt())
         assert "still running" in tab.problem()
     finally:
         process.kill()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from slm.web.server import SiteServer
-from tests.peers.test_browser import Tab, chromium, gpu, open_tab, served, site_of, story_site  # noqa: F401  # fixtures
+from tests.peers.pages import Tab, served, site_of
 
 pytestmark = pytest.mark.peer
 
@@ -19,7 +19,7 @@ def results(tab: Tab) -> dict[str, Any]:
     return found
 
 
-def test_the_benchmark_on_a_phone(open_tab: Callable[..., Tab], story_site: SiteServer) -> None:  # noqa: F811
+def test_the_benchmark_on_a_phone(open_tab: Callable[..., Tab], story_site: SiteServer) -> None:
     tab = open_tab(story_site.url, width=360, permissions=["clipboard-read", "clipboard-write"]).ready()
     tab.page.click("#measure")
     tab.page.locator("#bench-start:visible").wait_for()
@@ -42,7 +42,7 @@ def test_the_benchmark_on_a_phone(open_tab: Callable[..., Tab], story_site: Site
     tab.ready()
 
 
-def test_stopping_the_benchmark(open_tab: Callable[..., Tab], story_site: SiteServer) -> None:  # noqa: F811
+def test_stopping_the_benchmark(open_tab: Callable[..., Tab], story_site: SiteServer) -> None:
     tab = open_tab(f"{story_site.url}?bench")
     tab.url = story_site.url
     tab.page.click("#bench-start")
@@ -53,10 +53,10 @@ def test_stopping_the_benchmark(open_tab: Callable[..., Tab], story_site: SiteSe
 
 
 def test_backends_that_are_missing_are_named(
-    open_tab: Callable[..., Tab],  # noqa: F811
+    open_tab: Callable[..., Tab],
     bundles: Any,
     tmp_path: Any,
-    gpu: Any,  # noqa: F811
+    gpu: Any,
 ) -> None:
     """A bundle for a GPU with float16, in a browser with a GPU that has none."""
     from slm.export.bundle import ExportOptions, export_bundle

@@ -16,7 +16,7 @@ from slm.core.manifest import Bundle, seal
 from slm.runtime import shipped
 from slm.web.server import SiteServer, _Handler
 from slm.web.site import Site, local_site
-from tests.peers.test_browser import SHORT, Tab, chromium, generated, open_tab  # noqa: F401  # fixtures
+from tests.peers.pages import NEW_TOKENS, Tab, generated, short_prompt
 from tests.serving import running
 
 pytestmark = pytest.mark.peer
@@ -80,7 +80,7 @@ def unreliable(site: Site) -> AbstractContextManager[Unreliable]:
 
 
 @pytest.fixture(scope="module")
-def large_site(chromium: Any, tmp_path_factory: pytest.TempPathFactory) -> Site:  # noqa: F811
+def large_site(chromium: Any, tmp_path_factory: pytest.TempPathFactory) -> Site:
     """The site of the model that ships, with more bytes after its weights, which nothing reads."""
     path = tmp_path_factory.mktemp("large") / "bundle"
     shutil.copytree(shipped.model_path(), path)
@@ -104,11 +104,11 @@ def keys(tab: Tab) -> list[str]:
 
 
 def works(tab: Tab) -> bool:
-    text = tab.ready().set(greedy=True, new_tokens=64).text(SHORT)
-    return f"{SHORT}{text}\n".encode() == generated(SHORT, "--greedy")
+    text = tab.ready().set(greedy=True, new_tokens=NEW_TOKENS).text(short_prompt())
+    return f"{short_prompt()}{text}\n".encode() == generated(short_prompt(), "--greedy")
 
 
-def test_a_connection_that_breaks_is_continued(open_tab: Callable[..., Tab], large_site: Site) -> None:  # noqa: F811
+def test_a_connection_that_breaks_is_continued(open_tab: Callable[..., Tab], large_site: Site) -> None:
     with unreliable(large_site) as server:
         server.cut_after = [9_000_000, 5_000_000]
         tab = open_tab(server.url)
@@ -122,7 +122,7 @@ def test_a_connection_that_breaks_is_continued(open_tab: Callable[..., Tab], lar
         assert works(tab) and len(server.asked) == 3
 
 
-def test_a_closed_tab_is_continued_by_the_next(open_tab: Callable[..., Tab], large_site: Site) -> None:  # noqa: F811
+def test_a_closed_tab_is_continued_by_the_next(open_tab: Callable[..., Tab], large_site: Site) -> None:
     with unreliable(large_site) as server:
         server.cut_after = [22_000_000] + [0] * 9
         server.seconds = SLOW_S  # so that a busy browser has read what was sent before the end
@@ -156,7 +156,7 @@ def test_a_closed_tab_is_continued_by_the_next(open_tab: Callable[..., Tab], lar
         assert works(tab) and len(server.asked) == 3
 
 
-def test_pausing_and_continuing(open_tab: Callable[..., Tab], large_site: Site) -> None:  # noqa: F811
+def test_pausing_and_continuing(open_tab: Callable[..., Tab], large_site: Site) -> None:
     with unreliable(large_site) as server:
         server.seconds = SLOW_S
         tab = open_tab(server.url)
@@ -172,7 +172,7 @@ def test_pausing_and_continuing(open_tab: Callable[..., Tab], large_site: Site) 
         assert len(server.asked) == 1 and server.asked[0] is not None
 
 
-def test_a_damaged_store_is_repaired(open_tab: Callable[..., Tab], large_site: Site) -> None:  # noqa: F811
+def test_a_damaged_store_is_repaired(open_tab: Callable[..., Tab], large_site: Site) -> None:
     with unreliable(large_site) as server:
         tab = open_tab(server.url)
         tab.page.click("#load")
@@ -190,7 +190,7 @@ def test_a_damaged_store_is_repaired(open_tab: Callable[..., Tab], large_site: S
         assert works(tab) and server.asked == [None, None]
 
 
-def test_a_full_disk(open_tab: Callable[..., Tab], large_site: Site) -> None:  # noqa: F811
+def test_a_full_disk(open_tab: Callable[..., Tab], large_site: Site) -> None:
     """Both where the browser says so before, and where it does not, as Chromium."""
     grants = "navigator.storage.estimate = async () => ({ quota: 9e6, usage: 1e6 });"
     weights = json.loads(large_site.read("site.json"))["files"][WEIGHTS]["sha256"]
@@ -217,7 +217,7 @@ def test_a_full_disk(open_tab: Callable[..., Tab], large_site: Site) -> None:  #
             assert not any(weights in each for each in keys(tab))  # a part of a file would only take room
 
 
-def test_two_tabs_at_once(open_tab: Callable[..., Tab], large_site: Site) -> None:  # noqa: F811
+def test_two_tabs_at_once(open_tab: Callable[..., Tab], large_site: Site) -> None:
     with unreliable(large_site) as server:
         server.seconds = SLOW_S
         first = open_tab(server.url)
@@ -236,7 +236,7 @@ def test_two_tabs_at_once(open_tab: Callable[..., Tab], large_site: Site) -> Non
             assert all(a[1] == b[0] for a, b in itertools.pairwise(parts)), parts
 
 
-def test_a_store_of_an_older_version(open_tab: Callable[..., Tab], large_site: Site) -> None:  # noqa: F811
+def test_a_store_of_an_older_version(open_tab: Callable[..., Tab], large_site: Site) -> None:
     """Which had one entry for each file; those of the site are used and others are removed."""
     entries = json.loads(large_site.read("site.json"))["files"]
     with unreliable(large_site) as server:
@@ -256,7 +256,7 @@ def test_a_store_of_an_older_version(open_tab: Callable[..., Tab], large_site: S
         assert f"/stored/{entries[WEIGHTS]['sha256']}" in keys(tab) and not any("0" * 64 in each for each in keys(tab))
 
 
-def test_too_little_memory_is_one_line(open_tab: Callable[..., Tab], large_site: Site) -> None:  # noqa: F811
+def test_too_little_memory_is_one_line(open_tab: Callable[..., Tab], large_site: Site) -> None:
     with unreliable(large_site) as server:
         tab = open_tab(server.url, service_workers="block")
         tab.page.locator("#load:visible").wait_for()
@@ -275,7 +275,7 @@ def test_too_little_memory_is_one_line(open_tab: Callable[..., Tab], large_site:
         assert tab.page.locator("#load:visible").count() == 1
 
 
-def test_a_page_without_encryption_checks_hashes(chromium: Any) -> None:  # noqa: F811
+def test_a_page_without_encryption_checks_hashes(chromium: Any) -> None:
     """It has no crypto.subtle, no store and no threads, and works; an altered file is refused."""
     site = local_site(Bundle.open(shipped.model_path()), "stories")
     assert site.files

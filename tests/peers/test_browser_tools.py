@@ -17,7 +17,7 @@ from slm.core.tools import FUNCTION_GEMMA, JSON_STYLE, Call, Style, written
 from slm.runtime import shipped
 from slm.web.site import Site, local_site
 from tests.core.tool_chat_templates import FUNCTION_GEMMA as TEMPLATE
-from tests.peers.test_browser import Tab, chromium, open_tab, served  # noqa: F401  # fixtures
+from tests.peers.pages import Tab, served
 
 pytestmark = pytest.mark.peer
 
@@ -77,7 +77,7 @@ def function_gemma(tmp_path: Path) -> Bundle:
 
 @pytest.mark.parametrize("style", [JSON_STYLE, FUNCTION_GEMMA], ids=["slm's own", "functiongemma"])
 def test_calls_and_results(
-    open_tab: Callable[..., Tab],  # noqa: F811
+    open_tab: Callable[..., Tab],
     tmp_path: Path,
     style: Style,
 ) -> None:
@@ -138,7 +138,7 @@ def test_calls_and_results(
 
 
 def test_a_page_that_cannot_render_the_template_says_so(
-    open_tab: Callable[..., Tab],  # noqa: F811
+    open_tab: Callable[..., Tab],
 ) -> None:
     """The site has other ids than the page makes: chats are off, and text can be continued."""
     bundle = Bundle.open(shipped.model_path())

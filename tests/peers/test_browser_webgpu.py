@@ -19,18 +19,18 @@ from slm.quantize import decide
 from slm.quantize.make import quantize_bundle
 from slm.quantize.settings import Gate, Settings
 from slm.quantize.texts import TokenRows
-from tests.peers.test_browser import Tab, chromium, gpu, open_tab, served, site_of  # noqa: F401  # fixtures
+from tests.peers.pages import Tab, served, site_of
 
 pytestmark = pytest.mark.peer
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_a_quantized_bundle_for_webgpu(
-    open_tab: Callable[..., Tab],  # noqa: F811
+    open_tab: Callable[..., Tab],
     bundles: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    gpu: Any,  # noqa: F811
+    gpu: Any,
     precision: Literal["int8", "int4"],
 ) -> None:
     """Past the window too. Products take weights in blocks of 8 or 4 bits, the table in blocks of 8 bits, on the GPU."""
@@ -64,10 +64,10 @@ def test_a_quantized_bundle_for_webgpu(
 
 
 def test_a_gpu_without_float16(
-    open_tab: Callable[..., Tab],  # noqa: F811
+    open_tab: Callable[..., Tab],
     bundles: Any,
     tmp_path: Path,
-    gpu: Any,  # noqa: F811
+    gpu: Any,
 ) -> None:
     """INT4 as `slm quantize` writes it for WebGPU computes in float16: the page runs it on the processor, and says why."""
     exported = bundle_module.export_bundle(
