@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from slm.core.tokenizer import END_OF_TEXT
+from slm.train.data import workers
 from slm.train.recipe import Recipe
 from slm.train.run import train
 from tests.forks import Forks, forks
 from tests.progress import Notes, Stopper
+from tests.train.preparing import END
 from tests.train.recipes import small
 
 # What the recipe is changed by. "everything" has all that a resumed run could forget: two optimizers, random numbers, a moving
@@ -141,6 +143,33 @@ Metrics.draw = lambda self: None  # which takes longer than the training
 """
     with forks(imports, tmp_path_factory.mktemp("trainers")) as start:
         yield start
+
+
+@pytest.fixture
+def stories_txt(stories: list[str]) -> None:
+    """Stories in `stories.txt`, in the test's directory."""
+    Path("stories.txt").write_text("".join(f"{story.strip()}{END}" for story in stories), encoding="utf-8")
+
+
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches so small that the workers of a preparation get many of them."""
+    monkeypatch.setattr(workers, "_BATCH_CHARACTERS", 3000)
+    monkeypatch.setattr(workers, "_WORTH_WORKERS", 2)
+
+
+@pytest.fixture
+def pools(monkeypatch: pytest.MonkeyPatch) -> list[workers._Pool]:
+    """The pools of workers that preparations start."""
+    started: list[workers._Pool] = []
+    start = workers._Pool.__init__
+
+    def noted(self: workers._Pool, file: Path, count: int) -> None:
+        started.append(self)
+        start(self, file, count)
+
+    monkeypatch.setattr(workers._Pool, "__init__", noted)
+    return started
 
 
 @pytest.fixture(autouse=True)

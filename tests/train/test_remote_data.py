@@ -30,7 +30,7 @@ from slm.train.data.tokens import TokenFileWriter
 from slm.train.recipe import Recipe
 from slm.train.run import resume, train
 from tests.progress import Notes, Stopper
-from tests.train.test_dataset_preparation import contents
+from tests.train.preparing import contents
 
 END = "\n<|endoftext|>\n"
 SETTINGS = DatasetSettings(vocab_size=300, shard_tokens=2000)
