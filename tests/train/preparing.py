@@ -12,6 +12,8 @@ from slm.train.data.preparation import DatasetSettings, prepare_dataset
 from slm.train.data.workers import _Pool
 
 END = "\n<|endoftext|>\n"
+SIZES = {"vocab_size": 300, "shard_tokens": 2000}
+SETTINGS = DatasetSettings(**SIZES)
 
 
 def make(
@@ -24,9 +26,9 @@ def make(
     overwrite: bool = False,
     **options: Any,
 ) -> DatasetManifest:
-    """Prepares a dataset; the default sizes are small."""
+    """Prepares a dataset; the options replace the small sizes of `SIZES`."""
     corpus = open_corpus(data, val, Reading(**reading or {}))
-    settings = DatasetSettings(**{"vocab_size": 300, "shard_tokens": 2000} | options)
+    settings = DatasetSettings(**SIZES | options)
     return prepare_dataset(corpus, Path(out), settings, progress or Silent(), workers=workers, overwrite=overwrite)
 
 
