@@ -23,13 +23,12 @@ def make(
     progress: Silent | None = None,
     reading: dict[str, Any] | None = None,
     workers: int = 1,
-    overwrite: bool = False,
     **options: Any,
 ) -> DatasetManifest:
     """Prepares a dataset; the options replace the small sizes of `SIZES`."""
     corpus = open_corpus(data, val, Reading(**reading or {}))
     settings = DatasetSettings(**SIZES | options)
-    return prepare_dataset(corpus, Path(out), settings, progress or Silent(), workers=workers, overwrite=overwrite)
+    return prepare_dataset(corpus, Path(out), settings, progress or Silent(), workers=workers)
 
 
 def contents(directory: str) -> dict[str, str]:

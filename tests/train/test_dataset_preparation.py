@@ -4,6 +4,7 @@ import hashlib
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -14,6 +15,7 @@ from slm.core.errors import SlmError
 from slm.core.progress import Silent
 from slm.core.tokenizer import Tokenizer
 from slm.train.data import workers
+from slm.train.data.corpus import Reading, open_corpus
 from slm.train.data.dataset import open_dataset
 from slm.train.data.shards import ShardWriter
 from tests.train.preparing import END, all_ended, contents, make
@@ -62,8 +64,8 @@ def test_batches_in_flight_are_bounded(small_batches: None, tokenizer: Tokenizer
             yield f"story {number} " * 20
 
     tokenizer.save(Path())
-    ahead = 3 * 2 + 3  # two batches a worker and a few documents to fill the one that is read
-    a_batch = 3000 // 180 + 2
+    ahead = 2 * 3  # batches of three workers
+    a_batch = 3000 // 180 + 2  # documents of about 180 characters
     for batch in workers.encoded(documents(), tokenizer, Path("tokenizer.json"), 3):
         most = max(most, read - written)
         written += len(batch)
@@ -165,13 +167,20 @@ def test_without_validation_split_a_hundredth_is_held_out_by_hash(
 ) -> None:
     texts = [f"{number}. {story}" for number in range(10) for story in stories[:100]]
     parquet(hub / "train.parquet", texts, "content")
-    manifest = make("out", "hf:hub", reading={"column": "content", "streaming": streaming})
+    reading: dict[str, Any] = {"column": "content", "streaming": streaming}
+    manifest = make("out", "hf:hub", reading=reading)
     assert manifest.held_out == "one document in 100, by its hash"
     assert manifest.train.documents + manifest.validation.documents == 1000
     assert 2 <= manifest.validation.documents <= 22  # 10 expected, four standard deviations
+
+    def splits() -> tuple[list[str], list[str]]:
+        corpus = open_corpus(["hf:hub"], None, Reading(**reading))
+        return list(corpus.train()), list(corpus.validation())
+
+    train, validation = splits()
+    assert len(validation) == manifest.validation.documents
     parquet(hub / "train.parquet", texts[::-1], "content")
-    again = make("again", "hf:hub", reading={"column": "content", "streaming": streaming})
-    assert again.validation.documents == manifest.validation.documents  # whatever the order is
+    assert splits() == (train[::-1], validation[::-1])  # the place of a document does not matter
 
 
 def test_what_a_hugging_face_dataset_lacks(hub: Path, stories: list[str]) -> None:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from slm.core.errors import SlmError
 from slm.core.runs import cached_data
 from slm.train.data.corpus import open_corpus
 from slm.train.data.dataset import open_remote
-from slm.train.data.remote import cache, text
+from slm.train.data.remote import cache, datasets, text
 from slm.train.data.remote.datasets import check_remote, remote_manifest
 from tests.train.preparing import END
 
@@ -85,7 +86,7 @@ def test_damage_in_the_store_is_found(store: Any, remote_dataset: str) -> None:
 def test_a_tokenizer_that_was_damaged_in_the_store_is_fetched_again(store: Any, remote_dataset: str) -> None:
     content = store.cat_file("/made/stories/tokenizer.json")
     store.pipe("/made/stories/tokenizer.json", content.replace(b'"a":', b'"~a":', 1))
-    with pytest.raises(SlmError):
+    with pytest.raises(SlmError, match=r"invalid tokenizer\.json"):
         open_remote(remote_dataset)
     store.pipe("/made/stories/tokenizer.json", content)
     assert open_remote(remote_dataset).manifest.train.documents
@@ -114,7 +115,16 @@ def test_an_interrupted_copy_continues(
     )
 
 
-def test_two_that_start_at_once_fetch_once(remote_dataset: str, downloads: list[str]) -> None:
+def test_several_that_start_at_once_fetch_once(
+    remote_dataset: str, downloads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch = datasets.fetch
+
+    def slow(address: str, local: Path) -> None:
+        time.sleep(0.05)  # without the lock, the others look for the file and fetch it too
+        fetch(address, local)
+
+    monkeypatch.setattr(datasets, "fetch", slow)
     found: list[Any] = []
     threads = [threading.Thread(target=lambda: found.append(open_remote(remote_dataset).manifest)) for _ in range(3)]
     for thread in threads:

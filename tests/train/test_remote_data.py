@@ -13,7 +13,6 @@ import pytest
 from slm.core.errors import SlmError
 from slm.core.progress import Silent
 from slm.core.runs import cached_data
-from slm.train.data import dataset as datasets
 from slm.train.data import workers
 from slm.train.data.corpus import open_corpus
 from slm.train.data.dataset import open_dataset, open_remote
@@ -276,4 +275,3 @@ def test_the_commands_accept_addresses(stored: list[str], slm: Any) -> None:
     assert report["checked"] and report["dataset"] == "memory://made/x"
     result = slm("data", "prepare", "--data", "memory://texts", "--out", "memory://made/x")
     assert result.code == 1 and "there is a prepared dataset already" in result.err
-    assert datasets.is_remote("memory://made/x")
