@@ -1,4 +1,4 @@
-"""A fine-tuning run: it learns, tells what it drops, is the same twice, and leaves all or nothing."""
+"""A fine-tuning run: it learns, reports what it drops, is reproducible, and leaves all or nothing."""
 
 import json
 import shutil
@@ -102,7 +102,7 @@ def test_a_validation_file_leaves_all_rows_to_training(shared_checkpoint: Path, 
     assert read_info(Path("out"))["validation"]["sha256"] == sha256_file(held_out)
 
 
-def test_what_is_cut_and_left_out_is_said(shared_checkpoint: Path, write_rows: WriteRows) -> None:
+def test_rows_that_are_cut_or_left_out_are_reported(shared_checkpoint: Path, write_rows: WriteRows) -> None:
     rows = [
         {"prompt": "a", "completion": "b"},
         {"prompt": "a", "completion": "b" * 99},
@@ -118,16 +118,16 @@ def test_what_is_cut_and_left_out_is_said(shared_checkpoint: Path, write_rows: W
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
         ({"prompt": "a" * 99, "completion": "b"}, "nothing to learn"),
         ({"text": "b" * 99}, "every row is cut before its end"),
     ],
 )
 def test_rows_that_teach_nothing_or_no_end_are_refused(
-    shared_checkpoint: Path, write_rows: WriteRows, row: dict[str, str], said: str
+    shared_checkpoint: Path, write_rows: WriteRows, row: dict[str, str], message: str
 ) -> None:
-    with pytest.raises(SlmError, match=said):
+    with pytest.raises(SlmError, match=message):
         finetune(shared_checkpoint, write_rows([row]), Path("out"), QUICK.model_copy(update={"max_length": 20}))
     assert not Path("out").exists()
 
@@ -137,7 +137,7 @@ def test_a_row_may_not_be_longer_than_the_context(shared_checkpoint: Path, write
         finetune(shared_checkpoint, write_rows(PAIRS), Path("out"), FinetuneSettings(max_length=257))
 
 
-def test_an_adapter_is_replaced_only_when_told(shared_checkpoint: Path, write_rows: WriteRows) -> None:
+def test_an_adapter_is_replaced_only_on_request(shared_checkpoint: Path, write_rows: WriteRows) -> None:
     data, out = write_rows(PAIRS), Path("out")
     finetune(shared_checkpoint, data, out, QUICK)
     before = (out / ADAPTER_WEIGHTS_FILE).read_bytes()
@@ -218,7 +218,7 @@ def test_packed_rows_are_fewer_and_are_learned(shared_checkpoint: Path, write_ro
     assert result.loss_after < result.loss_before
 
 
-def test_bad_rows_are_left_out_when_told(shared_checkpoint: Path, write_rows: WriteRows) -> None:
+def test_bad_rows_are_left_out_on_request(shared_checkpoint: Path, write_rows: WriteRows) -> None:
     rows = [*PAIRS[:3], {"txt": "a"}, *PAIRS[3:6], {"text": 7}]
     with pytest.raises(SlmError, match=r"line 4: unknown kind of row \(fields: txt\)"):
         finetune(shared_checkpoint, write_rows(rows), Path("out"), QUICK)
@@ -287,7 +287,7 @@ def test_a_rate_that_is_far_too_high_is_a_failure(shared_checkpoint: Path, write
     assert not Path("out").exists()
 
 
-# In the manner of Gemma's own: what the system says begins the user's first turn, and the two take turns.
+# As in Gemma's template, the system message begins the user's first turn, and user and assistant alternate.
 GEMMA_LIKE = """{{ bos_token }}
 {%- if messages[0]['role'] == 'system' -%}
     {%- set first = messages[0]['content'] + '\n\n' -%}{%- set rest = messages[1:] -%}

@@ -25,13 +25,13 @@ METHODS: dict[str, dict[str, Any]] = {"lora": {"dropout": 0.2}, "dora": {"dora":
 
 
 def bytes_made(out: Path) -> dict[str, bytes]:
-    """What a run made, but for what differs from one time to the next: the seconds, and the picture's date."""
+    """The files of a run, without those that differ each time: the times in `slm.json`, and the date in the picture."""
     files = (path for path in sorted(out.rglob("*")) if path.is_file() and path.name not in ("loss.png", "slm.json"))
     return {path.relative_to(out).as_posix(): path.read_bytes() for path in files}
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_interrupted_and_gone_on_with_is_uninterrupted(
+def test_an_interrupted_run_leaves_the_bytes_of_the_run_in_one_piece(
     shared_checkpoint: Path, write_rows: WriteRows, method: str
 ) -> None:
     data, settings = write_rows(PAIRS), QUICK.model_copy(update=METHODS[method])
@@ -60,12 +60,12 @@ def test_a_resumed_run_keeps_its_precision_when_the_measurement_changes(
     finetune(shared_checkpoint, data, Path("parts"), QUICK)
     assert bytes_made(Path("parts")) == bytes_made(Path("whole"))
     assert read_info(Path("whole"))["precision"] == "bfloat16 autocast"
-    finetune(shared_checkpoint, data, Path("anew"), QUICK)
-    assert read_info(Path("anew"))["precision"] == "float32"
+    finetune(shared_checkpoint, data, Path("later"), QUICK)
+    assert read_info(Path("later"))["precision"] == "float32"
 
 
 class Killed(Silent):
-    """Ends during an update as a process that is killed does: nothing is saved then."""
+    """Ends the run during an update as a kill does: nothing is saved at that moment."""
 
     def __init__(self, update: int) -> None:
         self.left = update
@@ -76,7 +76,7 @@ class Killed(Silent):
             raise SystemExit(137)
 
 
-def test_a_run_that_was_killed_goes_on_from_what_was_saved_last(
+def test_a_killed_run_continues_from_the_last_save(
     shared_checkpoint: Path, write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = write_rows(PAIRS)
@@ -84,7 +84,7 @@ def test_a_run_that_was_killed_goes_on_from_what_was_saved_last(
     monkeypatch.setattr("slm.train.loop._SAVE_EVERY_S", 0.0)
     with pytest.raises(SystemExit):
         finetune(shared_checkpoint, data, Path("parts"), QUICK, Killed(5))
-    half_written = Path("parts/.trainer.partial-999999999")  # of a process that is no more
+    half_written = Path("parts/.trainer.partial-999999999")  # of a process that has ended
     half_written.mkdir()
     (half_written / "weights.safetensors").write_bytes(b"half")
     heard = Notes()
@@ -93,7 +93,7 @@ def test_a_run_that_was_killed_goes_on_from_what_was_saved_last(
     assert bytes_made(Path("parts")) == bytes_made(Path("whole"))
 
 
-def test_going_on_needs_all_that_was_saved(shared_checkpoint: Path, write_rows: WriteRows) -> None:
+def test_resuming_needs_everything_that_was_saved(shared_checkpoint: Path, write_rows: WriteRows) -> None:
     data = write_rows(PAIRS)
     finetune(shared_checkpoint, data, Path("whole"), QUICK)
     with pytest.raises(KeyboardInterrupt):
@@ -107,7 +107,7 @@ def test_going_on_needs_all_that_was_saved(shared_checkpoint: Path, write_rows: 
         assert bytes_made(parts) != bytes_made(Path("whole")), lost
 
 
-def test_an_interrupted_run_of_other_values_is_not_gone_on_with(shared_checkpoint: Path, write_rows: WriteRows) -> None:
+def test_an_interrupted_run_of_other_settings_is_not_resumed(shared_checkpoint: Path, write_rows: WriteRows) -> None:
     data, other = write_rows(PAIRS), write_rows(PAIRS[:9], "other.jsonl")
     with pytest.raises(KeyboardInterrupt):
         finetune(shared_checkpoint, data, Path("out"), QUICK, Stopper(3))

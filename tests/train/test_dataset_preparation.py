@@ -89,7 +89,7 @@ def test_memory_stays_flat(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
     assert peaks[1] < 1.3 * peaks[0] + (256 << 10)
 
 
-def test_two_preparations_of_one_dataset(small_batches: None) -> None:
+def test_two_preparations_of_one_dataset_exclude_each_other(small_batches: None) -> None:
     class Second(Silent):
         def start(self, name: str, total: int | None, unit: str) -> None:
             make("out", "stories.txt")
@@ -98,7 +98,7 @@ def test_two_preparations_of_one_dataset(small_batches: None) -> None:
         make("out", "stories.txt", progress=Second())
 
 
-def test_where_it_may_be_written() -> None:
+def test_only_a_new_or_empty_directory_is_written_to() -> None:
     make("taken", "stories.txt")
     with pytest.raises(SlmError, match="prepared dataset already"):
         make("taken", "stories.txt")

@@ -28,7 +28,7 @@ def work_of(out: str) -> Path:
 
 
 class Stop(Silent):
-    """Interrupts once so many documents of the training text are done."""
+    """Raises an error when more than a number of documents of the training text are done."""
 
     def __init__(self, after: int, error: type[BaseException]) -> None:
         self.left, self.error = after, error
@@ -42,7 +42,7 @@ class Stop(Silent):
             raise self.error
 
 
-def test_an_interrupted_preparation_goes_on(small_batches: None, pools: list[workers._Pool]) -> None:
+def test_an_interrupted_preparation_continues(small_batches: None, pools: list[workers._Pool]) -> None:
     make("whole", "stories.txt", deduplicate=True)
     for after, count in ((0, 2), (60, 1), (60, 2), (150, 1)):
         out = f"cut-{after}-{count}"
@@ -64,7 +64,7 @@ def test_an_interrupted_preparation_goes_on(small_batches: None, pools: list[wor
 COMMAND = ("data", "prepare", "--vocab-size", "300", "--shard-tokens", "10000", "--dedup", "--workers", "2")
 
 
-def test_a_killed_command_goes_on(stories: list[str], slm: Callable) -> None:
+def test_a_killed_command_continues(stories: list[str], slm: Callable) -> None:
     lines = "".join(f"{number} {story.strip()}{END}" for number in range(60) for story in stories[:60])
     Path("long.txt").write_text(lines, encoding="utf-8")
     assert slm(*COMMAND, "--data", "long.txt", "--out", "whole").code == 0
@@ -123,14 +123,11 @@ for batch in workers.encoded((f"story {n}" for n in count()), Tokenizer.load(Pat
     assert len(pids) == 2
     time.sleep(1)  # they work
     process.kill()
-    assert process.communicate(timeout=30)[1] == ""  # which also waits until nobody holds standard error any more
-    deadline = time.monotonic() + 10
-    while any(map(alive, pids)):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    assert process.communicate(timeout=30)[1] == ""  # which also waits for the workers, which hold standard error
+    wait_for(lambda: not any(map(alive, pids)), seconds=10)
 
 
-def test_another_text_starts_anew(small_batches: None, stories: list[str]) -> None:
+def test_another_text_starts_over(small_batches: None, stories: list[str]) -> None:
     interrupted("cut")
     with Path("stories.txt").open("a", encoding="utf-8") as file:
         file.write(f"One more story.{END}")
@@ -145,7 +142,7 @@ def test_another_text_starts_anew(small_batches: None, stories: list[str]) -> No
 @pytest.mark.parametrize(
     "changed", [{"shard_tokens": 1500}, {"vocab_size": 310}, {"deduplicate": True}, {"licence": "x"}]
 )
-def test_other_settings_start_anew(small_batches: None, changed: dict[str, object]) -> None:
+def test_other_settings_start_over(small_batches: None, changed: dict[str, object]) -> None:
     interrupted("cut")
     notes = Notes()
     make("cut", "stories.txt", progress=notes, **changed)
@@ -180,8 +177,8 @@ def test_the_tokenizer_of_another_text_is_not_kept(
     assert contents("cut") == contents("whole")
 
 
-def test_text_that_changed_in_secret_is_found(small_batches: None) -> None:
-    """Same size, same time, another letter in what was finished: the hash of its text tells."""
+def test_a_change_that_keeps_size_and_time_is_found(small_batches: None) -> None:
+    """Finished text with the same size and time, and one other letter, has another hash."""
     interrupted("cut")
     file = Path("stories.txt")
     before = file.stat()
@@ -213,7 +210,7 @@ def test_a_killed_worker_is_one_clear_error(
     assert contents("cut") == contents("whole")
 
 
-def test_a_full_disk_is_one_error_and_can_be_gone_on_with(
+def test_a_full_disk_is_one_error_and_the_preparation_continues(
     small_batches: None, slm: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, left = shards.TokenFileWriter.add, [150]

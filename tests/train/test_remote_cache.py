@@ -206,7 +206,7 @@ def test_a_manifest_cannot_name_files_elsewhere(store: Any, remote_dataset: str)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("dataset.json", b"{", "is damaged: not JSON"),
         ("dataset.json", b"[" * 200_000, "is damaged: not JSON"),
@@ -222,12 +222,12 @@ def test_what_does_not_fit_is_not_fetched(
     downloads: list[str],
     name: str,
     content: bytes,
-    said: str,
+    message: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for limit in ("_MANIFEST_BYTES", "_TOKENIZER_BYTES"):
         monkeypatch.setattr(f"slm.train.data.remote.datasets.{limit}", 2 << 20)
     store.pipe(f"/made/stories/{name}", content)
-    with pytest.raises(SlmError, match=said):
+    with pytest.raises(SlmError, match=message):
         open_remote(remote_dataset)
     assert name not in downloads

@@ -61,7 +61,7 @@ def test_text_that_is_replaced_while_it_is_read_is_noticed(store: Any, stored: l
 
 
 @pytest.mark.parametrize(
-    ("address", "said"),
+    ("address", "message"),
     [
         ("memory://nowhere", "not found: memory://nowhere"),
         ("memory://texts/about.xyz", "not found"),
@@ -72,17 +72,17 @@ def test_text_that_is_replaced_while_it_is_read_is_noticed(store: Any, stored: l
     ],
 )
 def test_what_cannot_be_read_is_named_by_its_address(
-    store: Any, stored: list[str], address: str, said: str | None
+    store: Any, stored: list[str], address: str, message: str | None
 ) -> None:
     store.pipe("/broken/x.jsonl", b'{"text": "one"}\n{"other": 1}\n')
     store.pipe("/binary.exe", b"\0")
     store.pipe("/empty/x.png", b"\0")
-    if said is None:
+    if message is None:
         open_corpus([address], None)
         return
     with pytest.raises(SlmError) as caught:
         open_corpus([address], None)
-    assert said in caught.value.message and str(cached_data()) not in caught.value.message
+    assert message in caught.value.message and str(cached_data()) not in caught.value.message
 
 
 def test_a_dataset_behind_an_address_has_the_bytes_of_a_local_one(store: Any, remote_dataset: str) -> None:
