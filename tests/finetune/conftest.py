@@ -1,7 +1,7 @@
-"""Fixtures of the fine-tuning tests: files of rows, and adapters whose weights are far from zero."""
+"""Fixtures of the fine-tuning tests: files of rows, adapters whose weights are far from zero, and a check for leftovers."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,13 @@ def random_adapter(tmp_path: Path, make_adapter: Callable[..., Path]) -> Callabl
 def either_head(request: pytest.FixtureRequest, config: ModelConfig, make_model: Callable[..., CausalLM]) -> CausalLM:
     """A random model whose head is the embedding, and one with a head of its own."""
     return make_model(config.model_copy(update={"tie_word_embeddings": request.param == "tied"}))
+
+
+@pytest.fixture
+def nothing_half_written(tmp_path: Path) -> Iterator[None]:
+    """Fails a test that leaves a file or directory with the name of an unfinished one."""
+    yield
+    assert not [path for path in tmp_path.rglob(".*")]
 
 
 @pytest.fixture(autouse=True)

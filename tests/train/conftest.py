@@ -1,5 +1,9 @@
-"""A recipe that trains in a tenth of a second, text to train it on, what a run leaves, and processes that train."""
+"""A recipe that trains in a tenth of a second, text to train it on, what a run leaves, and processes that train.
 
+Text and datasets that are prepared, from files and from an object store in memory.
+"""
+
+import gzip
 import hashlib
 import json
 import shutil
@@ -7,13 +11,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
+from slm.core.progress import Silent
 from slm.core.tokenizer import END_OF_TEXT
+from slm.train.data import workers
+from slm.train.data.corpus import open_corpus
+from slm.train.data.remote import text
+from slm.train.data.remote.preparation import prepare_remote_dataset
 from slm.train.recipe import Recipe
 from slm.train.run import train
 from tests.forks import Forks, forks
 from tests.progress import Notes, Stopper
+from tests.train.preparing import END, SETTINGS
 from tests.train.recipes import small
 
 # What the recipe is changed by. "everything" has all that a resumed run could forget: two optimizers, random numbers, a moving
@@ -141,6 +152,79 @@ Metrics.draw = lambda self: None  # which takes longer than the training
 """
     with forks(imports, tmp_path_factory.mktemp("trainers")) as start:
         yield start
+
+
+@pytest.fixture
+def stories_txt(stories: list[str]) -> None:
+    """Stories in `stories.txt`, in the test's directory."""
+    Path("stories.txt").write_text("".join(f"{story.strip()}{END}" for story in stories), encoding="utf-8")
+
+
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches so small that the workers of a preparation get many of them."""
+    monkeypatch.setattr(workers, "_BATCH_CHARACTERS", 3000)
+    monkeypatch.setattr(workers, "_WORTH_WORKERS", 2)
+
+
+@pytest.fixture
+def pools(monkeypatch: pytest.MonkeyPatch) -> list[workers._Pool]:
+    """The pools of workers that preparations start."""
+    started: list[workers._Pool] = []
+    start = workers._Pool.__init__
+
+    def noted(self: workers._Pool, file: Path, count: int) -> None:
+        started.append(self)
+        start(self, file, count)
+
+    monkeypatch.setattr(workers._Pool, "__init__", noted)
+    return started
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An empty object store, and an empty cache."""
+    monkeypatch.setenv("SLM_CACHE", str(tmp_path / "cache"))
+    files = fsspec.filesystem("memory")
+    files.store.clear()
+    files.pseudo_dirs[:] = [""]
+    yield files
+    files.store.clear()
+
+
+@pytest.fixture
+def stored(store: Any, stories: list[str]) -> list[str]:
+    """Sixty stories behind the address `memory://texts`, in files of several kinds."""
+    store.pipe("/texts/a.txt", END.join(stories[:20]).encode())
+    store.pipe(
+        "/texts/b.jsonl.gz", gzip.compress("\n".join(json.dumps({"text": s}) for s in stories[20:40]).encode(), mtime=0)
+    )
+    store.pipe("/texts/deep/c.jsonl", "\n".join(json.dumps({"text": s}) for s in stories[40:60]).encode())
+    store.pipe("/texts/.hidden/d.txt", b"hidden")
+    store.pipe("/texts/about.csv", b"a,b\n1,2\n")
+    return stories[:60]
+
+
+@pytest.fixture
+def remote_dataset(stored: list[str]) -> str:
+    """The address of a dataset that was prepared from those stories."""
+    prepare_remote_dataset(open_corpus(["memory://texts"], None), "memory://made/stories", SETTINGS, Silent())
+    return "memory://made/stories"
+
+
+@pytest.fixture
+def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the objects that are fetched."""
+    fetched: list[str] = []
+    fetch = text.fetch
+
+    def noted(address: str, local: Path) -> None:
+        fetched.append(address.rpartition("/")[2])
+        fetch(address, local)
+
+    monkeypatch.setattr(text, "fetch", noted)
+    monkeypatch.setattr("slm.train.data.remote.datasets.fetch", noted)
+    return fetched
 
 
 @pytest.fixture(autouse=True)

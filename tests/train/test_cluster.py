@@ -26,7 +26,7 @@ from slm.train.data.corpus import Reading, open_corpus
 from slm.train.data.preparation import DatasetSettings, prepare_dataset
 from slm.train.data.sources import source_of
 from tests.progress import Notes
-from tests.train.test_dataset_preparation import contents
+from tests.train.preparing import contents
 
 END = "\n<|endoftext|>\n"
 

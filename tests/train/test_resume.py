@@ -1,6 +1,6 @@
 """Runs that are killed, or find the disk full, at any moment: what was saved loads, and they end as if nothing had been.
 
-`test_run.py` cuts runs where they agree to it, with Ctrl-C; here nobody is asked.
+`test_run_resumed.py` cuts runs where they agree to it, with Ctrl-C; here nobody is asked.
 """
 
 import errno

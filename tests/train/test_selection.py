@@ -18,7 +18,7 @@ from slm.train.data.selection.minhash import NearDuplicates, rows_per_band, shin
 from slm.train.data.selection.quality import fault
 from slm.train.data.selection.selector import selecting
 from slm.train.data.selection.settings import Selection
-from tests.train.test_dataset_preparation import contents
+from tests.train.preparing import contents
 
 END = "\n<|endoftext|>\n"
 FRENCH = (
