@@ -19,7 +19,7 @@ from slm.core.contract import product_sizes
 from slm.core.errors import SlmError
 from slm.core.graph_check import check_graph
 from slm.core.graph_file import FileNode, _read_attribute
-from slm.core.graph_plan import Kind, Stored
+from slm.core.graph_plan.kind import Kind, Stored
 from slm.core.manifest import Bundle, Scheme, seal
 from slm.export.graph import (
     BlockFormat,
