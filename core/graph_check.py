@@ -9,7 +9,8 @@ from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
 from slm.core.graph_file import FileGraph, FileNode, FileTensor, read_graph
 from slm.core.graph_nodes import Constant, Input, Node, Output, Subgraph, Value, Weight
-from slm.core.graph_plan import Kind, plan_graph
+from slm.core.graph_plan.kind import Kind
+from slm.core.graph_plan.model import plan_graph
 
 # The limit of elements in a constant. slm writes shapes, starts and ends as constants.
 _LONGEST_CONSTANT = 16

@@ -22,7 +22,7 @@ from slm.core.errors import SlmError
 from slm.core.files import check_readable, member, read_json, sha256_file, write_text
 from slm.core.graph_check import check_graph
 from slm.core.graph_file import external_files
-from slm.core.graph_plan import Kind, Stored
+from slm.core.graph_plan.kind import Kind, Stored
 from slm.core.tokenizer import TOKENIZER_FILE
 from slm.core.tokenizer_config import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 

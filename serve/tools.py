@@ -15,7 +15,8 @@ from slm.core.tool_templates import ToolForm
 from slm.core.tools import Tool, ordered
 from slm.runtime.call_grammar import Replies
 from slm.serve.errors import Refused, said
-from slm.serve.requests import ChatMessage, ChatRequest, NamedTool, SomeTools
+from slm.serve.messages import ChatMessage, NamedTool, SomeTools
+from slm.serve.requests import ChatRequest
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def edge(*lines: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
 
 
 def modules() -> list[str]:
-    homes = ("runtime", "cli", "core", "core/text", "web")
+    homes = ("runtime", "cli", "core", "core/graph_plan", "core/text", "web")
     files = [file.relative_to(ROOT) for home in homes for file in sorted((ROOT / home).glob("*.py"))]
     return [".".join(("slm", *file.with_suffix("").parts)) for file in files if file.stem != "__init__"]
 

@@ -17,7 +17,8 @@ import slm
 from slm.core.manifest import Bundle
 from slm.core.tokenizer import END_OF_TURN, START_OF_TURN
 from slm.runtime.model import Model
-from slm.serve.requests import ChatMessage, ChatRequest, CompletionRequest, Part, ResponseFormat, StreamOptions
+from slm.serve.messages import ChatMessage, Part
+from slm.serve.requests import ChatRequest, CompletionRequest, ResponseFormat, StreamOptions
 
 NAME = "random"
 ASKED: list[dict[str, Any]] = [{"role": "user", "content": "Name a colour."}]
