@@ -22,7 +22,7 @@ from slm.core.metrics import objects
 from slm.core.text import csv_rows, files, parquet_rows, streams
 from slm.finetune import rows, task
 from slm.runtime import constraint, evaluate, schema_check
-from slm.serve import body, connections, middleware, requests
+from slm.serve import body, connections, fields, messages, middleware, requests
 from slm.serve.service import Limits
 
 PAGE = (Path(__file__).parents[1] / "docs" / "limits.md").read_text(encoding="utf-8")
@@ -50,9 +50,9 @@ def mib(number: int) -> str:
         ("the bodies of all requests", [mib(Limits().bodies_bytes)]),
         ("headers, path and query", [mib(middleware._HEAD_BYTES), f"{connections.HEADERS_S:g} s"]),
         ("an answer", [f"{Limits().new_tokens:,} tokens", f"{Limits().seconds:g} s"]),
-        ("messages, parts", [f"{requests.MOST_MESSAGES:,}, {requests.MOST_PARTS:,}, {requests.MOST_PARTS:,}"]),
+        ("messages, parts", [f"{requests.MOST_MESSAGES:,}, {messages.MOST_PARTS:,}, {messages.MOST_PARTS:,}"]),
         ("`n`, `stop`", [f"{requests.MOST_CHOICES}, {requests.MOST_STOPS}, "
-                         f"{requests.LONGEST_STOP:,}, {requests.MOST_BIASES:,}"]),
+                         f"{fields.LONGEST_STOP:,}, {fields.MOST_BIASES:,}"]),
         ("a JSON schema", [f"{constraint._LONGEST:,}", f"{constraint._MOST_PATTERNS}"]),
         ("compiling a schema", [f"{schema_check.MAX_SECONDS:g} s", mib(schema_check.MAX_BYTES), f"{constraint._WAITING} wait"]),
         ("the masks", [f"{constraint._FIRST_S:g} s", f"{1000 * constraint._TOKEN_S:g} ms"]),
