@@ -290,7 +290,10 @@ def _share_nothing():
     import shutil
 
     home = os.path.realpath(os.curdir)
-    shutil._use_fd_functions = False  # removes by path, as on Windows
+    # Removes by path, as on Windows; since 3.14 the choice is made when the module is imported.
+    shutil._use_fd_functions = False
+    if hasattr(shutil, "_rmtree_impl"):
+        shutil._rmtree_impl = shutil._rmtree_unsafe
 
     def guarded(real):
         def call(path, *arguments, **options):

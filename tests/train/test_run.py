@@ -112,6 +112,7 @@ def test_what_the_machine_trades_reaches_the_model(
 ) -> None:
     compiled: list[Any] = []
     monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or function)
+    monkeypatch.setattr("shutil.which", lambda name: name)  # a compiler
     cpu = torch.device("cpu")
 
     def body(**machine: Any) -> Any:
