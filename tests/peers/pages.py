@@ -158,9 +158,9 @@ def short_prompt() -> str:
 
 @cache
 def long_prompt() -> str:
-    """The like, of more than two windows and several pieces of reading: the first words of a story."""
+    """The like, of more than two windows and several pieces of reading: words of the sample stories."""
     words = sample.validation_path().read_text(encoding="utf-8").replace("<|endoftext|>", "").split()
-    prompt = _first_clear(" ".join(words[:count]) for count in range(330, 430))
+    prompt = _first_clear(" ".join(words[first : first + 345]) for first in range(len(words) - 345))
     assert len(_model().tokenizer.encode(prompt)) > 2 * 128 + NEW_TOKENS
     return prompt
 
