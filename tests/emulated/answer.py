@@ -1,7 +1,8 @@
 """Reads a prompt and further tokens with each bundle, on the CPU that runs this: `answer.py PLAN.json OUT.npz`.
 
-Needs the edge installation of slm only. The plan names the bundles, the prompt and, for each bundle, the further tokens;
-without them, the most likely token is taken each time. The result has the logits (positions, vocabulary) of each bundle.
+Needs the edge installation of slm only. The plan names the bundles, the prompt and, for each bundle, the further tokens.
+Without them, the first bundle takes the most likely token each time, and the others read the same tokens. The result has the
+logits (positions, vocabulary) of each bundle.
 """
 
 import json
@@ -39,7 +40,8 @@ def main(plan: Path, out: Path) -> None:
     session.use_huge_pages = lambda: None  # what the host has
     arrays, tokens = {}, {}
     for name in asked["bundles"]:
-        path, further = Path(asked["home"]) / name.removesuffix(" as stored"), asked["further"].get(name)
+        path, known = Path(asked["home"]) / name.removesuffix(" as stored"), next(iter(tokens.values()), None)
+        further = asked["further"].get(name, known)
         with_file = name.endswith(" as stored")
         session.saturates = (lambda bundle: False) if with_file else products.saturates
         arrays[name], tokens[name] = logits(path, asked["prompt"], further, asked["count"])

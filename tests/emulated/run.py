@@ -3,7 +3,8 @@
 `cpus` runs this environment's Python as older x86 processors (qemu-x86_64). `arm64` makes a Debian root for 64-bit ARM with
 mmdebstrap, installs a wheel that is built here there, and runs it (qemu-aarch64). Both leave everything in build/emulated.
 
-For each bundle, a prompt is read in one step and further tokens one at a time, everywhere the tokens that are most likely here.
+For each bundle, a prompt is read in one step and further tokens one at a time, everywhere those that the float model finds
+most likely here: a divergence compares predictions after the same text.
 
 | checked | limit |
 |---|---|
