@@ -339,8 +339,8 @@ bench-serve: build/peers/llama-server peers
 bench-peers: build/peers/.llama-cpp-python-$(LLAMA_CPP) build/peers/.openvino-2026.4.1 build/peers/.genai-0.18.0 $(REAL)
 	$(BIN)/python benchmarks/peers.py
 
-# The model inside the package, from TinyStories, which is not in this repository: two runs are the teachers of a third. Some
-# three and a half hours on two cores of an AMD EPYC (Zen 4).
+# The model inside the package, from TinyStories, which is not in this repository: two runs are the teachers of a third.
+# An estimated three and a half hours on two cores of an AMD EPYC (Zen 4).
 #   make shipped-model STORIES=train.txt HELD_OUT=valid.txt
 SHIPPED := $(BIN)/slm train --recipe stories-4m --data build/shipped/data --set machine.compile=true
 

@@ -158,7 +158,7 @@ def short_prompt() -> str:
 
 @cache
 def long_prompt() -> str:
-    """The like, of more than two windows and several pieces of reading: words of the sample stories."""
+    """The same for a beginning of more than two windows, which is read in several pieces: words of the sample stories."""
     words = sample.validation_path().read_text(encoding="utf-8").replace("<|endoftext|>", "").split()
     prompt = _first_clear(" ".join(words[first : first + 345]) for first in range(len(words) - 345))
     assert len(_model().tokenizer.encode(prompt)) > 2 * 128 + NEW_TOKENS
@@ -167,7 +167,10 @@ def long_prompt() -> str:
 
 def _first_clear(prompts: Iterable[str]) -> str:
     options: GenerationOptions = {"max_new_tokens": NEW_TOKENS, "temperature": 0, "logprobs": 2}
-    return next(prompt for prompt in prompts if is_clear(_model().pieces(prompt, **options), NEW_TOKENS))
+    for prompt in prompts:
+        if is_clear(_model().pieces(prompt, **options), NEW_TOKENS):
+            return prompt
+    raise AssertionError("the model that ships continues none of these beginnings with clear tokens")
 
 
 @cache
@@ -176,7 +179,10 @@ def talk() -> list[str]:
     things = ("bird", "cat", "ball", "tree", "boat", "fish", "star", "hat")
     said: list[str] = []
     for form in ("Look, a {}!", "Where is the <end_of_turn> {}?", "And then the {}?"):
-        said.append(next(line for thing in things if _is_clear_answer([*said, line := form.format(thing)])))
+        lines = map(form.format, things)
+        line = next((each for each in lines if _is_clear_answer([*said, each])), None)
+        assert line is not None, f"the model that ships answers no {form!r} with clear tokens"
+        said.append(line)
     return said
 
 
