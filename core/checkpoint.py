@@ -13,7 +13,7 @@ from slm.core.files import atomic_directory, read_json
 from slm.core.licence import NOTICE_FILE, Notices, foreign_notices, recorded_notices, write_notice
 from slm.core.tokenizer import TOKENIZER_FILE, Tokenizer
 from slm.core.tokenizer_config import TOKENIZER_CONFIG_FILE
-from slm.core.weights import EMBEDDING, HEAD, WEIGHTS_FILE, Array, Shape, has_weights
+from slm.core.weights import EMBEDDING, HEAD, WEIGHTS_FILE, Array, Shape, Weights, has_weights
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -153,6 +153,18 @@ def fill_checkpoint(
     write_notice(directory, recorded_notices(dict(info)))
     for name, content in documents.items():
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8", newline="")
+
+
+def open_weights(path: Path, config: ModelConfig) -> Weights:
+    """Opens the weights of a checkpoint. Reads only the headers of the files.
+
+    Raises:
+        SlmError: If the weights are damaged, or tensors are missing, unknown or of another shape than the configuration
+            requires; the message names them.
+    """
+    weights = Weights(path)
+    check_tensors(weights.untied(config), tensor_shapes(config), path)
+    return weights
 
 
 def check_tensors(found: Shapes, wanted: Shapes, path: Path) -> None:

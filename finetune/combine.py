@@ -11,13 +11,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from slm.core.checkpoint import check_tensors, notices_of, read_config, read_info, tensor_shapes, write_checkpoint
-from slm.core.config import ModelConfig
+from slm.core.checkpoint import notices_of, open_weights, read_config, read_info, tensor_shapes, write_checkpoint
 from slm.core.errors import SlmError
 from slm.core.licence import modified, recorded_notices
 from slm.core.progress import Progress, Silent
 from slm.core.tokenizer import Tokenizer
-from slm.core.weights import Weights, weights_sha256
+from slm.core.weights import weights_sha256
 from slm.finetune.merge import merge
 
 Method = Literal["linear", "slerp", "task", "ties"]
@@ -91,10 +90,10 @@ def combine(
     assert first is not None
     _check_alike([*models, *([] if base is None else [base])])
     config = read_config(first)
-    readers = [_stored(path, config) for path in models] + [
+    readers = [open_weights(path, config).float32 for path in models] + [
         _merged(base, path) for path in adapters if base is not None
     ]
-    of_base = None if base is None or combination.method in ("linear", "slerp") else _stored(base, config)
+    of_base = None if base is None or combination.method in ("linear", "slerp") else open_weights(base, config).float32
     shapes = tensor_shapes(config)
     progress.start("combine", len(shapes), "tensors")
     tensors: dict[str, Array] = {}
@@ -135,12 +134,6 @@ def _check_alike(paths: Sequence[Path]) -> None:
             )
         if Tokenizer.load(path).sha256 != tokenizer.sha256:
             raise SlmError(f"{path} and {first} have different tokenizers", "only models that share one combine")
-
-
-def _stored(path: Path, config: ModelConfig) -> Callable[[str], Array]:
-    weights = Weights(path)
-    check_tensors(weights.untied(config), tensor_shapes(config), path)
-    return weights.float32
 
 
 def _merged(base: Path, adapter: Path) -> Callable[[str], Array]:

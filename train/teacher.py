@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from slm.core.checkpoint import CONFIG_FILE, read_config
+from slm.core.checkpoint import CONFIG_FILE, open_weights, read_config
 from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
 from slm.core.nn import CausalLM, load_checkpoint
@@ -149,7 +149,8 @@ def check_teacher(
         shorter: The option that shortens rows, with braces for the length.
 
     Raises:
-        SlmError: If the tokenizers differ, or rows are longer than the teacher's context.
+        SlmError: If the tokenizers differ, rows are longer than the teacher's context, or its weights are damaged or of
+            another shape than its configuration.
     """
     shape, theirs = read_config(path), Tokenizer.load(path)
     if theirs.sha256 != tokenizer.sha256:
@@ -170,3 +171,4 @@ def check_teacher(
             f"{shape.max_position_embeddings:,}",
             shorter.format(shape.max_position_embeddings),
         )
+    open_weights(path, shape)

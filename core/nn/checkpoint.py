@@ -5,10 +5,9 @@ from typing import Any
 
 import torch
 
-from slm.core.checkpoint import check_tensors, read_config, tensor_shapes, write_checkpoint
+from slm.core.checkpoint import open_weights, read_config, tensor_shapes, write_checkpoint
 from slm.core.nn.model import CausalLM
 from slm.core.tokenizer import Tokenizer
-from slm.core.weights import Weights
 
 
 def load_checkpoint(path: Path, dtype: torch.dtype = torch.float32) -> CausalLM:
@@ -19,12 +18,10 @@ def load_checkpoint(path: Path, dtype: torch.dtype = torch.float32) -> CausalLM:
             another shape than the configuration requires; the message names them.
     """
     config = read_config(path)
-    weights = Weights(path)
-    wanted = tensor_shapes(config)
-    check_tensors(weights.untied(config), wanted, path)  # before PyTorch: the configuration's sizes may be impossible
+    weights = open_weights(path, config)  # before PyTorch: the configuration's sizes may be impossible
     with torch.device("meta"):
         model = CausalLM(config)
-    state = {name: torch.from_numpy(weights.float32(name)).to(dtype) for name in wanted}
+    state = {name: torch.from_numpy(weights.float32(name)).to(dtype) for name in tensor_shapes(config)}
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     return model.requires_grad_(True).eval()

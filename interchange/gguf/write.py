@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from slm.core.checkpoint import check_tensors, is_norm, notices_of, read_config, tensor_shapes
+from slm.core.checkpoint import is_norm, notices_of, open_weights, read_config, tensor_shapes
 from slm.core.config import FULL, SLIDING, ModelConfig, layer_pattern
 from slm.core.errors import SlmError
 from slm.core.files import atomic_file
@@ -75,12 +75,11 @@ def write_gguf(checkpoint: Path, path: Path, kind: GgufType, progress: Progress 
     check_gguf_output(path)
     config = read_config(checkpoint)
     notices = modified(notices_of(checkpoint), f"converted to GGUF ({kind.upper()})")
-    source = _Source(config, Weights(checkpoint), Tokenizer.load(checkpoint), path.stem, notices)
+    source = _Source(config, open_weights(checkpoint, config), Tokenizer.load(checkpoint), path.stem, notices)
     if config.hidden_activation != "gelu_pytorch_tanh":
         raise SlmError(
             f"llama.cpp's Gemma 3 has no activation {config.hidden_activation!r}", "slm export --onnx runs it"
         )
-    check_tensors(source.weights.untied(config), tensor_shapes(config), checkpoint)
     with atomic_file(path) as partial:
         _write(partial, source, kind, progress)
         types, largest = _verified(partial, source, progress)

@@ -12,10 +12,10 @@ from slm.core.checkpoint import (
     CHECKPOINT_FILES,
     GENERATION_CONFIG_FILE,
     INFO_FILE,
-    check_tensors,
     fill_checkpoint,
     notices_of,
     now,
+    open_weights,
     read_config,
     read_info,
     tensor_shapes,
@@ -98,9 +98,8 @@ def trim_checkpoint(
     progress = progress or Silent()
     if out.resolve() == source.resolve():
         raise SlmError(f"{out} is the source itself", "choose another --out")
-    config, tokenizer, weights = read_config(source), Tokenizer.load(source), Weights(source)
-    wanted_shapes = tensor_shapes(config)
-    check_tensors(weights.untied(config), wanted_shapes, source)
+    config, tokenizer = read_config(source), Tokenizer.load(source)
+    weights, wanted_shapes = open_weights(source, config), tensor_shapes(config)
     document = json.loads(tokenizer.backend.to_str())
     needs, rows = Needs(document["model"]), config.vocab_size
     if max(needs.ids.values()) >= rows:

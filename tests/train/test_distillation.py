@@ -3,6 +3,8 @@
 Dimensions: N positions, D hidden, E hidden of a teacher, V vocabulary.
 """
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -172,6 +174,10 @@ def test_a_teacher_that_cannot_teach_is_refused_before_anything_is_written(
     save_checkpoint(Path("foreign"), model, tokenizer, {})
     with pytest.raises(SlmError, match="another tokenizer than the run"):
         train(taught(small_recipe, ["foreign"]), Path("run"))
+    shutil.copytree(teachers[0], "cut")
+    os.truncate("cut/model.safetensors", 5000)
+    with pytest.raises(SlmError, match="cannot read the weights: cut"):
+        train(taught(small_recipe, ["cut"]), Path("run"))
     with pytest.raises(SlmError, match=r"^not a checkpoint: "):
         Path("empty").mkdir()
         train(taught(small_recipe, ["empty"]), Path("run"))
